@@ -1,0 +1,1800 @@
+"""Artifact-native language-model trainer for the 16,000,000-byte "Parameter Golf" challenge.
+
+    bash scripts/quickstart.sh                                     # embedded corpus, CPU or GPU, end to end in minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # the challenge's baseline on 8xH100
+    RUN_ID=one ITERATIONS=2000 MAX_WALLCLOCK_SECONDS=0 python train_gpt.py      # fixed steps on one device
+
+Every knob is an environment variable; `Config` below is their glossary and README.md their table. A run trains, exports the
+weights with `export.py`, reads the artifact back from disk into a fresh model, evaluates that, and ends with
+
+    final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2276 eval_time:1400ms
+    final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22761234
+
+All its outputs lie in logs/<RUN_ID>/. Exit codes: 0 success, 1 the run failed, 2 the configuration is wrong (nothing was
+done), 3 the run finished and was saved but its artifact is over the cap, 130/143 stopped by a signal after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from export import (
+    Artifact,
+    ArtifactError,
+    ExportOptions,
+    SizeReport,
+    decode_artifact,
+    packed_code_bytes,
+    predict_artifact_bytes,
+    save_artifact,
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: every knob of a run, its unit, the meaning of zero, and the faults a value can have.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
+
+
+def knob(default: Any, group: str, text: str, *, choices: Sequence[str] = (), free: bool = False) -> Any:
+    """A Config field with its line of documentation; `free` knobs may change between a checkpoint and its resumption."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": tuple(choices), "free": free})
+
+
+class ConfigError(ValueError):
+    """The run cannot start as asked; `problems` holds one line for each fault found."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a reader needs to rebuild the network around an artifact's weights; stored in every artifact's header."""
+
+    vocab_size: int = knob(1024, "Model", "tokens in the vocabulary; must be the tokenizer's")
+    num_layers: int = knob(9, "Model", "transformer layers; the first half feeds the second through skip connections")
+    num_unique_blocks: int = knob(0, "Model", "blocks with weights of their own, used in turn by the layers; 0 = all")
+    model_dim: int = knob(512, "Model", "width of the residual stream")
+    embed_dim: int = knob(0, "Model", "width of the token embedding, below MODEL_DIM factorises it; 0 = MODEL_DIM")
+    num_heads: int = knob(8, "Model", "query heads")
+    num_kv_heads: int = knob(4, "Model", "key and value heads (grouped-query attention); divides NUM_HEADS")
+    mlp_mult: int = knob(2, "Model", "hidden units of the relu^2 MLP, in multiples of MODEL_DIM")
+    tie_embeddings: bool = knob(True, "Model", "1 = the output head is the token embedding")
+    window_size: int = knob(0, "Model", "attention sees this many tokens, itself included; 0 = the whole prefix")
+    rope_base: float = knob(10000.0, "Model", "base of the rotary position frequencies")
+    rope_dtype: str = knob(
+        "auto", "Model", "precision of the rotary tables; auto = the compute dtype, as the baseline, whose bfloat16"
+        " tables round positions above 256", choices=("auto", "float32", "bfloat16"),
+    )
+    logit_softcap: float = knob(30.0, "Model", "logits are softcap * tanh(logits / softcap)")
+
+    @property
+    def unique_blocks(self) -> int:
+        return self.num_unique_blocks or self.num_layers
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embed_dim or self.model_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    def shape_problems(self) -> list[str]:
+        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult")
+        found = [
+            f"{name.upper()} must be at least 1, got {getattr(self, name)}" for name in sizes if getattr(self, name) < 1
+        ]
+        if found:
+            return found
+        return [text for wrong, text in (
+            (self.vocab_size > 65536, f"VOCAB_SIZE must fit the shards' uint16, at most 65536, got {self.vocab_size}"),
+            (not 0 <= self.num_unique_blocks <= self.num_layers,
+             f"NUM_UNIQUE_BLOCKS must be 0 (all) to NUM_LAYERS={self.num_layers}, got {self.num_unique_blocks}"),
+            (not 0 <= self.embed_dim <= self.model_dim,
+             f"EMBED_DIM must be 0 (MODEL_DIM) to MODEL_DIM={self.model_dim}, got {self.embed_dim}"),
+            (self.model_dim % self.num_heads != 0 or self.head_dim % 2 != 0,
+             f"MODEL_DIM={self.model_dim} must be NUM_HEADS={self.num_heads} times an even head width (RoPE pairs)"),
+            (self.num_heads % self.num_kv_heads != 0,
+             f"NUM_KV_HEADS must divide NUM_HEADS={self.num_heads}, got {self.num_kv_heads}"),
+            (self.window_size < 0, f"WINDOW_SIZE must be at least 0, got {self.window_size}"),
+            (not 1 < self.rope_base < math.inf, f"ROPE_BASE must be above 1, got {self.rope_base}"),
+            (not 0 < self.logit_softcap < math.inf, f"LOGIT_SOFTCAP must be above 0, got {self.logit_softcap}"),
+        ) if wrong]
+
+
+@dataclass(frozen=True)
+class Config(ModelShape):
+    """Every knob of a run: the field `iterations` is set by the environment variable ITERATIONS."""
+
+    run_id: str = knob("", "Run", "names the folder of all outputs; empty = date, time and four random digits", free=True)
+    log_dir: str = knob("logs", "Run", "folder that holds the run folders", free=True)
+    seed: int = knob(1337, "Run", "seeds the initial weights; the order of the data does not depend on it")
+    device: str = knob("auto", "Run", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "cpu", "mps"))
+    compute_dtype: str = knob(
+        "auto", "Run", "autocast dtype; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16")
+    )
+    enable_torch_compile: str = knob("auto", "Run", "1 or 0; auto = on cuda only", choices=("auto", "0", "1"), free=True)
+    sdp_backend: str = knob(
+        "auto", "Run", "attention kernel on cuda; auto = flash where it can run, else memory-efficient, else math",
+        choices=("auto", "flash", "efficient", "math", "cudnn"), free=True,
+    )
+
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "Data", "folder of fineweb_{train,val}_*.bin shards")
+    tokenizer_path: str = knob(
+        "./data/tokenizers/fineweb_1024_bpe.model", "Data", "SentencePiece .model, or the byte tokenizer's .json"
+    )
+    train_batch_tokens: int = knob(524_288, "Data", "tokens a step over all ranks")
+    train_seq_len: int = knob(1024, "Data", "tokens a training sequence; evaluation uses it too")
+    micro_batch_tokens: int = knob(
+        0, "Data", "tokens a forward pass; 0 = an eighth of the step. Changes memory and speed, not the data or the maths",
+        free=True,
+    )
+
+    iterations: int = knob(20_000, "Schedule", "optimiser steps; the wallclock cap wins if it comes first", free=True)
+    max_wallclock_seconds: float = knob(
+        600.0, "Schedule", "training time, evaluation excluded; 0 = no cap, the schedule then counts steps", free=True
+    )
+    warmdown_iters: int = knob(1200, "Schedule", "steps over which the learning rate falls to zero at the end; 0 = never")
+    warmup_steps: int = knob(20, "Schedule", "untimed steps that prime the kernels; everything is restored after", free=True)
+
+    val_batch_size: int = knob(524_288, "Evaluation", "an eighth of this many tokens goes through one forward pass", free=True)
+    val_loss_every: int = knob(1000, "Evaluation", "steps between validations; 0 = only at the end", free=True)
+    val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
+    final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
+    roundtrip_val_max_tokens: int = knob(
+        0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True
+    )
+    train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
+
+    checkpoint_every: int = knob(0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True)
+    checkpoint_keep: int = knob(2, "Checkpoint", "newest checkpoints kept", free=True)
+    resume: str = knob("", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True)
+    save_raw_checkpoint: bool = knob(False, "Checkpoint", "1 = keep the final float weights as final_model.safetensors", free=True)
+
+    embed_lr: float = knob(0.6, "Optimiser", "Adam, token embedding when untied")
+    head_lr: float = knob(0.008, "Optimiser", "Adam, output head when untied")
+    tied_embed_lr: float = knob(0.05, "Optimiser", "Adam, tied token embedding")
+    matrix_lr: float = knob(0.04, "Optimiser", "Muon, matrices")
+    scalar_lr: float = knob(0.04, "Optimiser", "Adam, vectors and scalars")
+    muon_momentum: float = knob(0.95, "Optimiser", "momentum after its warm-up")
+    muon_backend_steps: int = knob(5, "Optimiser", "Newton-Schulz iterations")
+    muon_dtype: str = knob(
+        "auto", "Optimiser", "precision of those iterations; auto = the compute dtype (the baseline always takes bfloat16)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    muon_momentum_warmup_start: float = knob(0.85, "Optimiser", "momentum at step 0")
+    muon_momentum_warmup_steps: int = knob(500, "Optimiser", "steps from there to MUON_MOMENTUM; 0 = none")
+    beta1: float = knob(0.9, "Optimiser", "Adam")
+    beta2: float = knob(0.95, "Optimiser", "Adam")
+    adam_eps: float = knob(1e-8, "Optimiser", "Adam")
+    grad_clip_norm: float = knob(0.0, "Optimiser", "largest global gradient norm; 0 = no clipping")
+    tied_embed_init_std: float = knob(0.005, "Optimiser", "standard deviation of the initial tied embedding")
+    qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation")
+
+    int8_axis_mode: str = knob(
+        "row", "Export", "one step a row, a column, or per tensor whichever errs less", choices=("row", "col", "auto"), free=True
+    )
+    int8_scale_floor: float = knob(
+        1 / 127, "Export", "smallest quantisation step; the baseline's 1/127 dominates while weights are below 1;"
+        " 0 = steps follow the weights", free=True,
+    )
+    weight_quantization_bits: int = knob(8, "Export", "bits of a matrix weight, 2 to 8; 16 = half precision", free=True)
+    embed_quantization_bits: int = knob(8, "Export", "the same for the embedding and the head", free=True)
+    artifact_cap_bytes: int = knob(16_000_000, "Export", "artifact plus packed code, decimal bytes; 0 = no cap", free=True)
+
+    @classmethod
+    def parse(cls, env: Mapping[str, str]) -> tuple[Config, list[str]]:
+        """The knobs that `env` sets, and every malformed value, unknown name and inconsistency (malformed ones read as
+        their defaults, so that further faults are found in the same pass).
+        """
+        values: dict[str, Any] = {}
+        problems = unknown_knobs(env)
+        for f in fields(cls):
+            if f.name.upper() in env:
+                try:
+                    values[f.name] = parse_knob(f, env[f.name.upper()])
+                except ValueError as error:
+                    problems.append(str(error))
+        cfg = cls(**values)
+        return cfg, problems + cfg.problems()
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape(**{f.name: getattr(self, f.name) for f in fields(ModelShape)})
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens in one forward pass."""
+        return self.micro_batch_tokens or self.train_batch_tokens // SPANS_PER_STEP
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes in one step over all ranks."""
+        return self.train_batch_tokens // self.micro_batch
+
+    @property
+    def eval_batch_tokens(self) -> int:
+        return self.val_batch_size // SPANS_PER_STEP
+
+    @property
+    def export_options(self) -> ExportOptions:
+        return ExportOptions(
+            axis_mode=self.int8_axis_mode,
+            scale_floor=self.int8_scale_floor,
+            weight_bits=self.weight_quantization_bits,
+            embed_bits=self.embed_quantization_bits,
+        )
+
+    def problems(self) -> list[str]:
+        at_least = {0: (
+            "seed", "micro_batch_tokens", "iterations", "max_wallclock_seconds", "warmdown_iters", "warmup_steps",
+            "val_loss_every", "val_max_tokens", "roundtrip_val_max_tokens", "train_log_every", "checkpoint_every",
+            "embed_lr", "head_lr", "tied_embed_lr", "matrix_lr", "scalar_lr", "muon_momentum_warmup_steps",
+            "grad_clip_norm", "tied_embed_init_std", "artifact_cap_bytes",
+        ), 1: ("train_batch_tokens", "train_seq_len", "val_batch_size", "checkpoint_keep", "muon_backend_steps")}
+        found = [
+            f"{name.upper()} must be at least {low}, got {getattr(self, name)}"
+            for low, names in at_least.items() for name in names if not low <= getattr(self, name) < math.inf
+        ]
+        found += [
+            f"{name.upper()} must be in [0, 1), got {getattr(self, name)}"
+            for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2") if not 0 <= getattr(self, name) < 1
+        ]
+        found += self.shape_problems() + self.export_options.problems()
+        if not 0 < self.adam_eps < math.inf:
+            found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
+        if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
+            found.append(f"RUN_ID must be a plain folder name, got {self.run_id!r}")
+        return found + ([] if found else self.batch_problems())
+
+    def batch_problems(self) -> list[str]:
+        span = SPANS_PER_STEP * self.train_seq_len
+        return [text for wrong, text in (
+            (self.train_batch_tokens % span != 0,
+             f"TRAIN_BATCH_TOKENS must be a multiple of {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span}, got {self.train_batch_tokens}"),
+            (self.micro_batch % self.train_seq_len != 0 or self.train_batch_tokens % self.micro_batch != 0,
+             f"MICRO_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len} that divides"
+             f" TRAIN_BATCH_TOKENS={self.train_batch_tokens}, got {self.micro_batch_tokens}"),
+            (self.eval_batch_tokens < self.train_seq_len,
+             f"VAL_BATCH_SIZE must be at least {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span}, got {self.val_batch_size}"),
+        ) if wrong]
+
+    def world_problems(self, world_size: int) -> list[str]:
+        if self.micro_batches % world_size == 0:
+            return []
+        working = [n for n in range(1, self.micro_batches + 1) if self.micro_batches % n == 0]
+        return [
+            f"WORLD_SIZE={world_size} does not divide the {self.micro_batches} micro-batches of a step; these world sizes do:"
+            f" {', '.join(map(str, working))} (MICRO_BATCH_TOKENS={self.micro_batch} sets how many there are)"
+        ]
+
+
+def parse_knob(f: Field[Any], text: str) -> Any:
+    """The value of one environment variable, by the type of the field's default; raises ValueError naming the knob."""
+    name, kind, choices = f.name.upper(), type(f.default), f.metadata["choices"]
+    if choices and text not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name} must be 0 or 1, got {text!r}")
+        return text == "1"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {text!r}") from None
+
+
+def unknown_knobs(env: Mapping[str, str]) -> list[str]:
+    """Variables that look like a knob and are none: one of our families' names, or a near miss of a knob's name."""
+    known = {f.name.upper() for f in fields(Config)}
+    families = (
+        "ARTIFACT_", "CHECKPOINT_", "COMPRESSION_", "EVAL_", "EXPORT_", "FINISH_", "INT8_", "MICRO_BATCH_", "MUON_",
+        "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
+    )
+    found = []
+    for name in sorted(env.keys() - known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
+        if near or name.startswith(families):
+            found.append(f"{name} is not a knob of this version{f'; did you mean {near[0]}?' if near else ''}; unset it to go on")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runtime: the one place that knows devices, ranks, precision, compilation and where the log goes.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Runtime:
+    """Where this process computes. `device_problems` first, then `start`; the rest of the file asks it, never torch.cuda."""
+
+    device: torch.device
+    dtype: torch.dtype           # of the autocast matrix products and of the token embedding
+    compiled: bool
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_config(cls, cfg: Config, env: Mapping[str, str]) -> Runtime:
+        """Resolves every `auto`; touches no device. Ranks come from torchrun's RANK, WORLD_SIZE and LOCAL_RANK."""
+        kind = cfg.device
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        local_rank = int(env.get("LOCAL_RANK", "0"))
+        dtype = {"auto": torch.bfloat16 if kind == "cuda" else torch.float32}.get(cfg.compute_dtype)
+        return cls(
+            device=torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind),
+            dtype=dtype or getattr(torch, cfg.compute_dtype),
+            compiled={"auto": kind == "cuda"}.get(cfg.enable_torch_compile, cfg.enable_torch_compile == "1"),
+            rank=int(env.get("RANK", "0")),
+            world_size=int(env.get("WORLD_SIZE", "1")),
+            local_rank=local_rank,
+        )
+
+    def problems(self) -> list[str]:
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(self.device.type, True)
+        if not available:
+            return [f"DEVICE={self.device.type} is not available to this PyTorch build ({torch.__version__}); use auto or cpu"]
+        if self.device.type == "cuda" and self.local_rank >= torch.cuda.device_count():
+            return [f"LOCAL_RANK={self.local_rank} has no GPU, this machine has {torch.cuda.device_count()}"]
+        if self.device.type == "mps" and self.world_size > 1:
+            return ["DEVICE=mps runs one process, WORLD_SIZE must be 1"]
+        return []
+
+    def start(self, sdp_backend: str) -> None:
+        """Sets the global switches of the device and joins the process group."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+            wanted = ("flash", "efficient", "math") if sdp_backend == "auto" else (sdp_backend,)
+            torch.backends.cuda.enable_flash_sdp("flash" in wanted)
+            torch.backends.cuda.enable_mem_efficient_sdp("efficient" in wanted)
+            torch.backends.cuda.enable_math_sdp("math" in wanted)
+            torch.backends.cuda.enable_cudnn_sdp("cudnn" in wanted)
+        if self.world_size > 1:
+            on_gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
+
+    def stop(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def master(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
+
+    def wrap(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The (compiled) model as training calls it: under DDP when there are several ranks."""
+        if self.world_size == 1:
+            return forward
+        assert isinstance(forward, nn.Module)
+        ids = [self.local_rank] if self.device.type == "cuda" else None
+        return DistributedDataParallel(forward, device_ids=ids, broadcast_buffers=False)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """`values` summed (or maximised) over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, op=op)
+        return values
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Rank 0's bytes on every rank; the others pass anything."""
+        if self.world_size == 1:
+            return data
+        size = torch.tensor(len(data), device=self.device)
+        dist.broadcast(size, src=0)
+        buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.master:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, src=0)
+        return buffer.cpu().numpy().tobytes()
+
+    def peak_memory_mib(self) -> tuple[int, int]:
+        """(allocated, reserved) MiB: of the GPU, elsewhere the process's largest resident size twice."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        import resource  # not on every platform; only a CPU or MPS run asks
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1 << 20)
+        return peak, peak
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
+        return f"device:{self.device} ({name}) world_size:{self.world_size} dtype:{str(self.dtype)[6:]} compile:{self.compiled}"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds all of `data` or is untouched: temporary name, flush to disk, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """logs/<RUN_ID>/ and what goes there: train.log, metrics.jsonl, config.json, summary.json. Silent on ranks above 0."""
+
+    def __init__(self, path: Path, master: bool):
+        self.path, self.master = path, master
+        self.checkpoints = path / "checkpoints"
+        if master:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def log(self, line: str) -> None:
+        if not self.master:
+            return
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+        with (self.path / "train.log").open("a", encoding="utf-8") as f:
+            f.write(line + "\n")
+
+    def metric(self, **row: Any) -> None:
+        if self.master:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops the rows that a resumed run writes again; a half-written last line goes too."""
+        path = self.path / "metrics.jsonl"
+        if self.master and path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+            write_atomically(path, "".join(kept).encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        if self.master:
+            write_atomically(self.path / name, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def progress(iterable_total: int, what: str, enabled: bool, initial: int = 0) -> tqdm[Any]:
+    """A bar on a terminal, nothing elsewhere: log lines tell the same there."""
+    return tqdm(total=iterable_total, desc=what, initial=initial, leave=False, disable=not (enabled and sys.stderr.isatty()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: token shards, the tokenizer that must belong to them, and the loader whose position is one number.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 256 * 4  # 256 little-endian int32: magic, version, number of tokens, zeros
+
+
+class DataError(ValueError):
+    """A shard, tokenizer or manifest that cannot be used; the message says what was found, wanted, and what to do."""
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, (tokens,) uint16, memory-mapped read-only. Raises DataError."""
+    again = "fetch or prepare it again with data/prepare.py"
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_BYTES // 4)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {again}") from None
+    if size < SHARD_HEADER_BYTES:
+        raise DataError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header; {again}")
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        wanted = f"{SHARD_MAGIC} version {SHARD_VERSION}"
+        raise DataError(f"{path}: not a token shard, magic {header[0]} version {header[1]}, wanted {wanted}; {again}")
+    tokens = int(header[2])
+    if tokens < 1 or size != SHARD_HEADER_BYTES + 2 * tokens:
+        wanted_bytes = SHARD_HEADER_BYTES + 2 * tokens
+        raise DataError(f"{path}: {size} bytes, its header's {tokens} tokens make {wanted_bytes}; {again}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+
+
+def read_split(data_path: str | Path, split: str) -> list[np.ndarray]:
+    """All shards of `split` ("train" or "val") in the order of their names. Raises DataError."""
+    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise DataError(f"no fineweb_{split}_*.bin in {data_path} (DATA_PATH); make them with data/prepare.py")
+    return [read_shard(path) for path in paths]
+
+
+class Tokenizer:
+    """A SentencePiece model or the challenge's 260-token byte tokenizer behind one face. Raises DataError.
+
+    `sha256` is that of the file: two tokenizers of equal vocabulary size decode each other's ids to nonsense.
+    """
+
+    BYTE_OFFSET = 4  # the byte tokenizer: pad 0, bos 1, eos 2, unk 3, then the 256 byte values
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}); TOKENIZER_PATH must name it") from None
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.pieces: spm.SentencePieceProcessor | None = None
+        if data[:1] == b"{":
+            self.vocab_size, self.bos_id = self._read_byte_tokenizer(data), 1
+            return
+        try:
+            self.pieces = spm.SentencePieceProcessor(model_proto=data)
+        except (RuntimeError, ValueError):
+            raise DataError(f"tokenizer {path}: neither a SentencePiece model nor the byte tokenizer's JSON") from None
+        self.vocab_size, self.bos_id = int(self.pieces.vocab_size()), int(self.pieces.bos_id())
+        if self.bos_id < 0:
+            raise DataError(f"tokenizer {path}: has no BOS token, which separates the documents of a shard")
+        if self.pieces.piece_to_id("\u2581") == self.pieces.unk_id():
+            raise DataError(
+                f"tokenizer {path}: lacks the bare space piece U+2581; a lone space would fall back to its three bytes and"
+                " be counted three times, so val_bpb would be too good; train it with the space character in its vocabulary"
+            )
+
+    def _read_byte_tokenizer(self, data: bytes) -> int:
+        wanted = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": self.BYTE_OFFSET, "byte_count": 256}
+        try:
+            spec = json.loads(data)
+            if spec["tokenizer_type"] != "pure_byte" or spec["config"] != wanted:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"tokenizer {self.path}: JSON, but not a pure_byte tokenizer with {wanted}") from None
+        return self.BYTE_OFFSET + 256
+
+    def encode(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        if self.pieces is None:
+            return [[b + self.BYTE_OFFSET for b in text.encode("utf-8", "replace")] for text in texts]
+        return self.pieces.encode(list(texts), out_type=int, num_threads=threads)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        if self.pieces is None:
+            data = bytes(i - self.BYTE_OFFSET for i in ids if i >= self.BYTE_OFFSET)
+            return data.decode("utf-8", "replace")
+        return self.pieces.decode([int(i) for i in ids])
+
+
+def sample_documents(tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000) -> list[np.ndarray]:
+    """The first whole documents of a token stream without their BOS; the one that the sample's end may cut is left out."""
+    head = np.asarray(tokens[:max_tokens])
+    starts = np.flatnonzero(head == bos_id)
+    if starts.size == 0:
+        raise DataError(f"no BOS (id {bos_id}) among the first {head.size} validation tokens; the shards are not of this format")
+    ends = np.append(starts[1:], head.size if head.size == tokens.size else starts[-1])
+    documents = [head[a + 1:b] for a, b in zip(starts, ends, strict=True) if b > a + 1]
+    return documents[:max_documents]
+
+
+def check_pairing(data_path: str | Path, tokenizer: Tokenizer, val_tokens: np.ndarray) -> str:
+    """Proves that tokenizer and shards belong together; returns how. Raises DataError.
+
+    Prepared data names its tokenizer's SHA-256 in manifest.json. Published shards have no such manifest: their documents
+    are decoded and encoded again, and at least 99 % of them must give the very ids.
+    """
+    manifest = Path(data_path) / "manifest.json"
+    if manifest.exists():
+        try:
+            wanted = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["sha256"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DataError(f"{manifest}: names no tokenizer sha256; prepare the data again or remove the file") from None
+        if wanted != tokenizer.sha256:
+            raise DataError(
+                f"tokenizer {tokenizer.path} (sha256 {tokenizer.sha256[:16]}) did not make the shards in {data_path}"
+                f" (sha256 {str(wanted)[:16]}); set TOKENIZER_PATH to the one that did"
+            )
+        return "manifest"
+    documents = sample_documents(val_tokens, tokenizer.bos_id)
+    if not documents:
+        raise DataError(f"the first validation tokens in {data_path} hold no whole document to check the tokenizer with")
+    texts = [tokenizer.decode(ids.tolist()) for ids in documents]
+    same = sum(again == ids.tolist() for again, ids in zip(tokenizer.encode(texts), documents, strict=True))
+    if same < 0.99 * len(documents):
+        raise DataError(
+            f"tokenizer {tokenizer.path} did not make the shards in {data_path}: of {len(documents)} validation documents"
+            f" decoded and encoded again only {same} gave the same ids, wanted 99 %; set TOKENIZER_PATH to the one that did"
+        )
+    return f"{same}/{len(documents)} documents re-encoded"
+
+
+class TokenStream:
+    """The shards of a split as one endless ring of tokens."""
+
+    def __init__(self, shards: Sequence[np.ndarray]):
+        self.shards = list(shards)
+        self.starts = np.cumsum([0] + [shard.size for shard in shards])
+        self.size = int(self.starts[-1])
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count of the ring, (count,) uint16, crossing shards and the end as needed."""
+        pieces = []
+        while count > 0:
+            start %= self.size
+            i = int(np.searchsorted(self.starts, start, side="right")) - 1
+            offset = start - int(self.starts[i])
+            piece = self.shards[i][offset:offset + count]
+            pieces.append(piece)
+            start, count = start + piece.size, count - piece.size
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+class Loader:
+    """The baseline's stream of batches, whatever the world size and the micro-batch: step s takes 8 spans of tokens/8 + 1
+    from the ring, each cut into sequences whose targets are shifted by one. The position is the number of steps consumed.
+    """
+
+    def __init__(self, stream: TokenStream, cfg: Config, rt: Runtime):
+        self.stream, self.rt = stream, rt
+        self.seq_len, self.vocab_size = cfg.train_seq_len, cfg.vocab_size
+        self.span_tokens = cfg.train_batch_tokens // SPANS_PER_STEP
+        self.rows = cfg.micro_batch // cfg.train_seq_len              # sequences a micro-batch
+        self.per_rank = cfg.micro_batches // rt.world_size            # micro-batches a step on this rank
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.seek(0)
+
+    def seek(self, step: int) -> None:
+        self.served = step * self.per_rank
+        self.ahead: Future[Tensor] = self.pool.submit(self._read, self.served)
+
+    @property
+    def step(self) -> int:
+        """Whole steps consumed."""
+        return self.served // self.per_rank
+
+    def _read(self, index: int) -> Tensor:
+        """Micro-batch `index` of this rank, (rows, seq_len + 1) int64 on the host."""
+        step, k = divmod(index, self.per_rank)
+        first_row = (k * self.rt.world_size + self.rt.rank) * self.rows
+        step_start = step * SPANS_PER_STEP * (self.span_tokens + 1)
+        rows = []
+        for row in range(first_row, first_row + self.rows):
+            span, offset = divmod(row * self.seq_len, self.span_tokens)
+            rows.append(self.stream.take(step_start + span * (self.span_tokens + 1) + offset, self.seq_len + 1))
+        batch = np.stack(rows)
+        if batch.max() >= self.vocab_size:
+            raise DataError(
+                f"a training shard holds token {batch.max()}, VOCAB_SIZE={self.vocab_size} allows {self.vocab_size - 1};"
+                " check the data with: python data/prepare.py verify DIR"
+            )
+        tokens = torch.from_numpy(batch.astype(np.int64))
+        return tokens.pin_memory() if self.rt.device.type == "cuda" else tokens
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the next micro-batch, (rows, seq_len) int64 each; reads the one after meanwhile."""
+        tokens = self.ahead.result().to(self.rt.device, non_blocking=True)
+        self.served += 1
+        self.ahead = self.pool.submit(self._read, self.served)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metric: bits per byte of validation text, by the challenge's byte rule, summed in float64.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """UTF-8 bytes that a target token adds to the text, by the challenge's rule: a piece's own bytes, and one for a leading
+    space unless the token before it is a boundary (control, unknown or unused). Tensors of (vocab_size,).
+    """
+
+    own: Tensor             # int64, bytes of the piece without its leading space; 0 for boundary tokens
+    leading_space: Tensor   # bool
+    boundary: Tensor        # bool
+
+    def count(self, previous: Tensor, targets: Tensor) -> Tensor:
+        """Bytes of each target given the token before it, int64 in the shape of `targets`."""
+        return self.own[targets] + (self.leading_space[targets] & ~self.boundary[previous]).long()
+
+
+def byte_table(tokenizer: Tokenizer, device: torch.device | str = "cpu") -> ByteTable:
+    own = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    leading_space = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
+    boundary = np.ones(tokenizer.vocab_size, dtype=np.bool_)
+    sp = tokenizer.pieces
+    if sp is None:
+        own[Tokenizer.BYTE_OFFSET:], boundary[Tokenizer.BYTE_OFFSET:] = 1, False
+    for i in range(tokenizer.vocab_size if sp is not None else 0):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            continue
+        boundary[i] = False
+        piece = sp.id_to_piece(i)
+        leading_space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
+        own[i] = 1 if sp.is_byte(i) else len(piece[int(leading_space[i]):].encode("utf-8"))
+    return ByteTable(*(torch.from_numpy(a).to(device) for a in (own, leading_space, boundary)))
+
+
+def scored_bytes(tokens: np.ndarray, table: ByteTable, chunk: int = 1 << 22) -> int:
+    """Bytes that all targets of a stream add up to (its first token is no target)."""
+    total = 0
+    for start in range(0, tokens.size - 1, chunk):
+        piece = torch.from_numpy(np.asarray(tokens[start:start + chunk + 1]).astype(np.int64))
+        total += int(table.count(piece[:-1], piece[1:]).sum())
+    return total
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """val_loss in nats per token, val_bpb in bits per byte of text."""
+
+    val_loss: float
+    val_bpb: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def evaluate(
+    token_nats: Callable[[Tensor, Tensor], Tensor], tokens: np.ndarray, table: ByteTable, rt: Runtime,
+    *, seq_len: int, batch_tokens: int, max_tokens: int = 0,
+) -> EvalResult:
+    """Scores consecutive windows of `seq_len` targets, each window on its own, split over the ranks.
+
+    `token_nats(x, y)` gives the cross-entropy of each target, (B, T) nats. Sums are float64 over single tokens, so the
+    result depends on world size and batch size only through the kernels' rounding. The last partial window is left out,
+    as in the challenge. A batch shorter than the others is padded, so that one compiled graph serves all.
+    """
+    t0 = time.perf_counter()
+    windows = (min(max_tokens, tokens.size - 1) if max_tokens else tokens.size - 1) // seq_len
+    first, last = windows * rt.rank // rt.world_size, windows * (rt.rank + 1) // rt.world_size
+    batch = max(1, min(batch_tokens // seq_len, windows))
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    with torch.inference_mode(), progress(last - first, "evaluate", rt.master) as bar:
+        for start in range(first, last, batch):
+            count = min(batch, last - start)
+            piece = np.asarray(tokens[start * seq_len:(start + count) * seq_len + 1]).astype(np.int64)
+            x, y = (torch.zeros(batch, seq_len, dtype=torch.int64) for _ in range(2))
+            x[:count], y[:count] = (torch.from_numpy(side.reshape(count, seq_len)) for side in (piece[:-1], piece[1:]))
+            x, y = x.to(rt.device), y.to(rt.device)
+            with rt.autocast():
+                nats = token_nats(x, y)[:count]
+            counted = table.count(x[:count], y[:count])
+            sums += torch.tensor([float(nats.double().sum() if rt.device.type != "mps" else nats.cpu().double().sum()),
+                                  count * seq_len, int(counted.sum())], dtype=torch.float64)
+            bar.update(count)
+    sums = rt.reduce(sums.to(rt.device) if rt.world_size > 1 else sums)
+    nats_sum, token_count, byte_count = sums.tolist()
+    return EvalResult(
+        val_loss=nats_sum / token_count, val_bpb=nats_sum / math.log(2) / byte_count,
+        tokens=int(token_count), bytes=int(byte_count), seconds=time.perf_counter() - t0,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: the challenge's baseline GPT, small parts first.
+# Shape letters: B sequences, T tokens, V vocabulary, D model_dim, E embedding width, H query heads, K key/value heads,
+# C head width.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONTROL_TENSORS = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights")  # vectors that steer; kept in float32
+NATIVE_GQA = "enable_gqa" in (F.scaled_dot_product_attention.__doc__ or "")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class CastedLinear(nn.Linear):
+    """A bias-free linear layer: float32 weight for the optimiser, cast to the input's dtype for the product."""
+
+    def __init__(self, width_in: int, width_out: int):
+        super().__init__(width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rope_tables(length: int, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position x frequency, (length, width / 2) each (Su et al. 2021, arXiv 2104.09864).
+
+    Everything is computed in `dtype`. The baseline casts its frequencies to bfloat16 with the rest of the model, which
+    rounds positions above 256; a model must be evaluated with the tables it was trained with.
+    """
+    frequencies = (1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)).to(dtype)
+    angles = torch.outer(torch.arange(length, dtype=dtype), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + C/2) of x (B, T, H, C) or (B, H, T, C) by tables that broadcast to it."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to its whole prefix; q (B, H, T, C), k and v (B, K, T, C) with K dividing H."""
+    if k.size(1) == q.size(1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if NATIVE_GQA:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention of each token to the last `window` tokens, itself included; shapes as `causal_attention`.
+
+    The sequence is cut into blocks of `window`: a block's queries need the keys of their own block and the one before, so
+    the cost is T * 2 * window instead of T * T on every device, and one (window, 2 window) mask serves all blocks.
+    """
+    batch, heads, length, width = q.shape
+    if window >= length:
+        return causal_attention(q, k, v)
+    k, v = (t.repeat_interleave(heads // t.size(1), dim=1) for t in (k, v))
+    blocks = -(-length // window)
+    q, k, v = (F.pad(t, (0, 0, 0, blocks * window - length)) for t in (q, k, v))
+    first = F.scaled_dot_product_attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True)
+
+    def fold(t: Tensor) -> Tensor:  # (B, H, n * window, C) -> (B * n, H, window, C)
+        return t.reshape(batch, heads, blocks - 1, window, width).transpose(1, 2).flatten(0, 1)
+
+    pairs_k, pairs_v = (torch.cat((fold(t[:, :, :-window]), fold(t[:, :, window:])), dim=2) for t in (k, v))
+    i = torch.arange(window, device=q.device)[:, None]
+    j = torch.arange(2 * window, device=q.device)[None, :]
+    rest = F.scaled_dot_product_attention(fold(q[:, :, window:]), pairs_k, pairs_v, attn_mask=(j > i) & (j <= i + window))
+    rest = rest.unflatten(0, (batch, blocks - 1)).transpose(1, 2).reshape(batch, heads, -1, width)
+    return torch.cat((first, rest), dim=2)[:, :, :length]
+
+
+class Attention(nn.Module):
+    """Grouped-query causal self-attention with normalised, rotated queries and keys and a learned gain per query head."""
+
+    def __init__(self, shape: ModelShape, qk_gain_init: float):
+        super().__init__()
+        self.heads, self.kv_heads, self.window = shape.num_heads, shape.num_kv_heads, shape.window_size
+        kv_dim = self.kv_heads * shape.head_dim
+        self.c_q = CastedLinear(shape.model_dim, shape.model_dim)
+        self.c_k = CastedLinear(shape.model_dim, kv_dim)
+        self.c_v = CastedLinear(shape.model_dim, kv_dim)
+        self.proj = CastedLinear(shape.model_dim, shape.model_dim)
+        self.q_gain = nn.Parameter(torch.full((shape.num_heads,), qk_gain_init))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = [
+            linear(x).unflatten(-1, (count, -1)).transpose(1, 2)     # (B, count, T, C)
+            for linear, count in ((self.c_q, self.heads), (self.c_k, self.kv_heads), (self.c_v, self.kv_heads))
+        ]
+        q, k = (rotate(rms_norm(t), cos, sin) for t in heads[:2])
+        q = q * self.q_gain.to(q.dtype)[:, None, None]
+        y = window_attention(q, k, heads[2], self.window) if self.window else causal_attention(q, k, heads[2])
+        return self.proj(y.transpose(1, 2).flatten(2))               # (B, T, D)
+
+
+class MLP(nn.Module):
+    """Two linear layers around relu^2 (So et al. 2021, arXiv 2109.08668)."""
+
+    def __init__(self, shape: ModelShape):
+        super().__init__()
+        self.fc = CastedLinear(shape.model_dim, shape.mlp_mult * shape.model_dim)
+        self.proj = CastedLinear(shape.mlp_mult * shape.model_dim, shape.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(torch.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """Mixes the stream with its start x0, then adds attention and MLP, each scaled per dimension."""
+
+    def __init__(self, shape: ModelShape, qk_gain_init: float):
+        super().__init__()
+        self.attn = Attention(shape, qk_gain_init)
+        self.mlp = MLP(shape)
+        self.attn_scale = nn.Parameter(torch.ones(shape.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(shape.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(shape.model_dim), torch.zeros(shape.model_dim))))
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """The network of `shape`; parameter names and the order of random draws are the baseline's.
+
+    Layer i uses block i modulo the number of unique blocks. With EMBED_DIM the embedding is (V, E) times (E, D), and a
+    tied head goes back through the same two factors.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shape: ModelShape, max_seq_len: int, *, qk_gain_init: float = 1.5, tied_embed_init_std: float = 0.005,
+                 rope_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.softcap = shape.logit_softcap
+        self.encoder_layers = shape.num_layers // 2
+        self.layer_blocks = [i % shape.unique_blocks for i in range(shape.num_layers)]
+        self.tok_emb = nn.Embedding(shape.vocab_size, shape.embedding_width)
+        factorised = shape.embedding_width < shape.model_dim
+        self.embed_proj = CastedLinear(shape.embedding_width, shape.model_dim) if factorised else None
+        self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, shape.model_dim))
+        self.blocks = nn.ModuleList(Block(shape, qk_gain_init) for _ in range(shape.unique_blocks))
+        self.lm_head = None if shape.tie_embeddings else CastedLinear(shape.model_dim, shape.vocab_size)
+        cos, sin = rope_tables(max_seq_len, shape.head_dim, shape.rope_base, rope_dtype)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if shape.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=tied_embed_init_std)
+        closing = [linear for block in self.blocks for linear in (block.attn.proj, block.mlp.proj)]
+        for linear in closing + ([self.lm_head] if self.lm_head is not None else []):
+            nn.init.zeros_(linear.weight)
+
+    def features(self, ids: Tensor) -> Tensor:
+        """The normalised final stream, (B, T, D), of token ids (B, T)."""
+        x = self.tok_emb(ids)
+        if self.embed_proj is not None:
+            x = self.embed_proj(x)
+        x = x0 = rms_norm(x)
+        cos, sin = (table[: ids.size(1)].to(x.dtype) for table in (self.cos, self.sin))
+        skips: list[Tensor] = []
+        for layer, block in enumerate(self.layer_blocks):
+            if layer >= self.encoder_layers and skips:
+                x = x + self.skip_weights[layer - self.encoder_layers].to(x.dtype) * skips.pop()
+            x = self.blocks[block](x, x0, cos, sin)
+            if layer < self.encoder_layers:
+                skips.append(x)
+        return rms_norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Soft-capped logits (..., V) of features (..., D)."""
+        if self.lm_head is not None:
+            x = self.lm_head(x)
+        else:
+            if self.embed_proj is not None:
+                x = F.linear(x, self.embed_proj.weight.t().to(x.dtype))
+            x = F.linear(x, self.tok_emb.weight)
+        return self.softcap * torch.tanh(x / self.softcap)
+
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats: the mean, or with reduction="none" that of each target, (B, T)."""
+        logits = self.logits(self.features(ids).flatten(0, 1))
+        nats = F.cross_entropy(logits.float(), targets.flatten(), reduction=reduction)
+        return nats.view_as(targets) if reduction == "none" else nats
+
+
+def build_model(shape: ModelShape, rt: Runtime, max_seq_len: int, **init: float) -> GPT:
+    """A model on the runtime's device: matrices and vectors float32, the token embedding in the compute dtype. Initial
+    values are those that the compute dtype holds, as the baseline's, which casts its model down and matrices up again.
+    """
+    rope_dtype = rt.dtype if shape.rope_dtype == "auto" else getattr(torch, shape.rope_dtype)
+    model = GPT(shape, max_seq_len, rope_dtype=rope_dtype, **init).to(rt.device)
+    for p in model.parameters():
+        p.data = p.data.to(rt.dtype).to(torch.float32)
+    model.tok_emb.to(rt.dtype)
+    return model
+
+
+def tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights, without allocating them."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in GPT(shape, max_seq_len=1).state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisers: Muon for matrices, Adam for the embedding, the head and everything that is a vector.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def orthogonalise(g: Tensor, steps: int, dtype: torch.dtype, eps: float = 1e-7) -> Tensor:
+    """The nearest (semi-)orthogonal matrix to g, roughly: Newton-Schulz in `dtype` with the quintic coefficients of
+    Jordan et al. 2024 ("Muon", https://kellerjordan.github.io/posts/muon/), singular values end in about 0.7 .. 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.to(dtype)
+    x = x / (x.norm() + eps)
+    tall = x.size(0) > x.size(1)
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz. Each rank updates every world_size-th matrix and holds its momentum; one
+    all-reduce of the updates (the others contribute zeros) gives all ranks the same weights.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], lr: float, backend_steps: int, dtype: torch.dtype, rt: Runtime):
+        super().__init__(params, {"lr": lr, "momentum": 0.0})
+        self.backend_steps, self.dtype, self.rt = backend_steps, dtype, rt
+        self.orthogonalise = rt.compile(orthogonalise)
+
+    def owned(self) -> Iterator[tuple[int, nn.Parameter, bool]]:
+        """(owning rank, matrix, whether that is this rank) in parameter order."""
+        for i, p in enumerate(self.param_groups[0]["params"]):
+            yield i % self.rt.world_size, p, i % self.rt.world_size == self.rt.rank
+
+    def momentum_of(self, p: nn.Parameter) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        total = sum(p.numel() for p in group["params"])
+        updates = torch.zeros(total, device=self.rt.device, dtype=self.dtype)
+        slots = updates.split([p.numel() for p in group["params"]])
+        for (_, p, mine), slot in zip(self.owned(), slots, strict=True):
+            if mine and p.grad is not None:
+                momentum = self.momentum_of(p).mul_(group["momentum"]).add_(p.grad)
+                nesterov = p.grad.add(momentum, alpha=group["momentum"])
+                update = self.orthogonalise(nesterov, self.backend_steps, self.dtype) * max(1, p.size(0) / p.size(1)) ** 0.5
+                slot.copy_(update.flatten())
+        self.rt.reduce(updates)
+        for p, slot in zip(group["params"], slots, strict=True):
+            p.add_(slot.view_as(p).to(p.dtype), alpha=-group["lr"])
+
+
+def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.Optimizer]:
+    """The baseline's groups: embedding, head, matrices (Muon), vectors. They partition the model's parameters."""
+    head = [] if model.lm_head is None else [model.lm_head.weight]
+    matrices, vectors = [], []
+    for name, p in model.named_parameters():
+        if p is not model.tok_emb.weight and not any(p is h for h in head):
+            is_vector = p.ndim < 2 or any(control in name for control in CONTROL_TENSORS)
+            (vectors if is_vector else matrices).append(p)
+
+    def adam(params: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(params, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+
+    muon_dtype = rt.dtype if cfg.muon_dtype == "auto" else getattr(torch, cfg.muon_dtype)
+    optimizers = [
+        adam([model.tok_emb.weight], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
+        *([adam(head, cfg.head_lr)] if head else []),
+        Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, muon_dtype, rt),
+        adam(vectors, cfg.scalar_lr),
+    ]
+    grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), "optimiser groups must partition the parameters"
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return optimizers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step and of the training time.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lr_scale(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps, or over the time that so many
+    steps take at the pace so far when a wallclock cap is set.
+    """
+    if cfg.warmdown_iters == 0:
+        return 1.0
+    if cfg.max_wallclock_seconds == 0:
+        return min(1.0, max(0.0, (cfg.iterations - step) / cfg.warmdown_iters))
+    warmdown_ms = cfg.warmdown_iters * elapsed_ms / max(step, 1)
+    remaining_ms = max(1000 * cfg.max_wallclock_seconds - elapsed_ms, 0.0)
+    return min(1.0, remaining_ms / max(warmdown_ms, 1e-9))
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
+    done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
+    return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint: everything a run needs to go on as if it had never stopped, in one safetensors file.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or belongs to another run."""
+
+
+def optimizer_tensors(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All optimiser state by parameter name, `optimizer.<name>.<key>`; every rank must call, Muon's momentum is gathered."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            for owner, p, mine in optimizer.owned():
+                buffer = optimizer.momentum_of(p) if mine else torch.zeros_like(p)
+                if optimizer.rt.world_size > 1:
+                    dist.broadcast(buffer, src=owner)
+                found[f"optimizer.{names[id(p)]}.momentum_buffer"] = buffer
+        else:
+            for p, state in optimizer.state.items():
+                found |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+    return found
+
+
+def restore_optimizers(tensors: Mapping[str, Tensor], model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        mine = {id(p) for _, p, owned in optimizer.owned() if owned} if isinstance(optimizer, Muon) else None
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            prefix = f"optimizer.{names[id(p)]}."
+            state = {key.removeprefix(prefix): t.to(p.device) for key, t in tensors.items() if key.startswith(prefix)}
+            if state and (mine is None or id(p) in mine):
+                optimizer.state[p] = state
+
+
+def random_state(rt: Runtime) -> dict[str, Tensor]:
+    on_gpu = rt.device.type == "cuda"
+    return {"rng.cpu": torch.get_rng_state()} | ({"rng.cuda": torch.cuda.get_rng_state()} if on_gpu else {})
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], rt: Runtime) -> None:
+    torch.set_rng_state(tensors["rng.cpu"])
+    if rt.device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """A safetensors file under a temporary name, then renamed; metadata values become JSON."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(host, temporary, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
+    """The "training" entry of a checkpoint. Raises CheckpointError."""
+    try:
+        with safe_open(path, "pt") as f:
+            training = json.loads((f.metadata() or {})["training"])
+        if training["format"] != CHECKPOINT_FORMAT:
+            raise CheckpointError(f"checkpoint {path}: format {training['format']}, wanted {CHECKPOINT_FORMAT}")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path}: damaged, or no training checkpoint of this program ({error})") from None
+    return training
+
+
+def checkpoint_to_resume(cfg: Config) -> Path | None:
+    """The file that RESUME names; with auto the newest of this run, None when there is none yet."""
+    if cfg.resume != "auto":
+        return Path(cfg.resume) if cfg.resume else None
+    found = sorted((Path(cfg.log_dir) / cfg.run_id / "checkpoints").glob("step_*.safetensors"))
+    return found[-1] if found else None
+
+
+def resume_problems(cfg: Config) -> list[str]:
+    """Why the checkpoint that RESUME names cannot continue under this configuration."""
+    if cfg.resume == "auto" and not cfg.run_id:
+        return ["RESUME=auto needs RUN_ID to know which run to resume"]
+    path = checkpoint_to_resume(cfg)
+    if path is None:
+        return []
+    try:
+        then = read_checkpoint_metadata(path)["config"]
+    except CheckpointError as error:
+        return [f"RESUME: {error}"]
+    return [
+        f"RESUME: {path} was trained with {f.name.upper()}={then.get(f.name)}, now it is {getattr(cfg, f.name)};"
+        " set it back or start a new run"
+        for f in fields(cfg) if not f.metadata["free"] and f.name in then and then[f.name] != getattr(cfg, f.name)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Train: the job, one step, and the loop around it.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is not finite."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run after it had written a checkpoint."""
+
+    def __init__(self, signal_number: int, checkpoint: Path):
+        super().__init__(f"stopped by signal {signal_number}; continue with RESUME=auto or RESUME={checkpoint}")
+        self.signal_number = signal_number
+
+
+class Clock:
+    """Training time in ms: runs between `resume` and `pause`, waiting for the device at both ends."""
+
+    def __init__(self, rt: Runtime):
+        self.rt, self.total_ms, self.t0 = rt, 0.0, None
+
+    def resume(self) -> None:
+        self.rt.synchronize()
+        self.t0: float | None = time.perf_counter()
+
+    def pause(self) -> None:
+        self.rt.synchronize()
+        self.total_ms, self.t0 = self.elapsed_ms(), None
+
+    def elapsed_ms(self) -> float:
+        return self.total_ms + (0.0 if self.t0 is None else 1000 * (time.perf_counter() - self.t0))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: the training ring, all validation tokens, the tokenizer and how it was shown to fit them."""
+
+    train: TokenStream
+    val: np.ndarray
+    tokenizer: Tokenizer
+    pairing: str
+
+
+@dataclass
+class Job:
+    """Everything one training run owns; `step` counts the updates made."""
+
+    cfg: Config
+    rt: Runtime
+    folder: RunFolder
+    data: Data
+    table: ByteTable
+    model: GPT
+    compiled: Callable[..., Tensor]   # the model for evaluation
+    forward: Callable[..., Tensor]    # the same under DDP, for training
+    optimizers: list[torch.optim.Optimizer]
+    loader: Loader
+    clock: Clock
+    step: int = 0
+    last_checkpoint: str = "none was written"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, cfg: Config, rt: Runtime, folder: RunFolder, data: Data) -> Job:
+        torch.manual_seed(cfg.seed)
+        model = build_model(cfg.shape, rt, cfg.train_seq_len, qk_gain_init=cfg.qk_gain_init,
+                            tied_embed_init_std=cfg.tied_embed_init_std)
+        compiled = rt.compile(model)
+        return cls(cfg, rt, folder, data, byte_table(data.tokenizer, rt.device), model, compiled, rt.wrap(compiled),
+                   build_optimizers(model, cfg, rt), Loader(data.train, cfg, rt), Clock(rt))
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What an artifact says about the model beside its weights."""
+        shape = asdict(self.cfg.shape)
+        if shape["rope_dtype"] == "auto":
+            shape["rope_dtype"] = str(self.rt.dtype).removeprefix("torch.")
+        return {"model": shape, "train_seq_len": self.cfg.train_seq_len, "tokenizer_sha256": self.data.tokenizer.sha256}
+
+    def evaluate(self, forward: Callable[..., Tensor], max_tokens: int) -> EvalResult:
+        return evaluate(
+            lambda x, y: forward(x, y, reduction="none"), self.data.val, self.table, self.rt,
+            seq_len=self.cfg.train_seq_len, batch_tokens=self.cfg.eval_batch_tokens, max_tokens=max_tokens,
+        )
+
+    def save(self) -> Path:
+        """Writes logs/<RUN_ID>/checkpoints/step_NNNNNNNN.safetensors and drops the oldest ones beyond CHECKPOINT_KEEP."""
+        path = self.folder.checkpoints / f"step_{self.step:08d}.safetensors"
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= optimizer_tensors(self.model, self.optimizers) | random_state(self.rt)
+        if self.rt.master:
+            training = {"format": CHECKPOINT_FORMAT, "config": asdict(self.cfg), "step": self.step,
+                        "loader_step": self.loader.step, "train_ms": self.clock.elapsed_ms(),
+                        "train_tokens": self.data.train.size}
+            write_checkpoint(path, tensors, {"artifact_meta": self.meta, "training": training})
+            for old in sorted(self.folder.checkpoints.glob("step_*.safetensors"))[: -self.cfg.checkpoint_keep]:
+                old.unlink()
+        self.last_checkpoint = str(path)
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Continues from a checkpoint; rank 0 reads the file, so it need not exist on the other nodes."""
+        training = json.loads(self.rt.broadcast(json.dumps(read_checkpoint_metadata(path)).encode() if self.rt.master else b""))
+        if training["train_tokens"] != self.data.train.size:
+            found, wanted = self.data.train.size, training["train_tokens"]
+            raise CheckpointError(f"checkpoint {path}: trained on shards of {wanted} tokens, DATA_PATH now holds {found}")
+        tensors = load_safetensors(self.rt.broadcast(path.read_bytes() if self.rt.master else b""))
+        self.model.load_state_dict(
+            {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+        restore_optimizers(tensors, self.model, self.optimizers)
+        restore_random_state(tensors, self.rt)
+        self.step, self.clock.total_ms = training["step"], training["train_ms"]
+        self.loader.seek(training["loader_step"])
+        self.folder.forget_metrics_after(self.step)
+        self.last_checkpoint = str(path)
+        self.folder.log(f"resumed: step:{self.step} from {path}")
+
+
+def train_step(job: Job, lr: float, momentum: float) -> Tensor:
+    """One update over the global batch; returns this rank's mean cross-entropy in nats per token."""
+    micro_steps = job.loader.per_rank
+    mean_ce = torch.zeros((), device=job.rt.device)
+    for micro_step in range(micro_steps):
+        if isinstance(job.forward, DistributedDataParallel):
+            job.forward.require_backward_grad_sync = micro_step == micro_steps - 1   # one all-reduce per update
+        x, y = job.loader.next_batch()                                               # (rows, T) int64 each
+        with job.rt.autocast():
+            ce = job.forward(x, y)
+        mean_ce += ce.detach()
+        (ce * (1.0 / micro_steps)).backward()
+    if job.cfg.grad_clip_norm > 0:
+        torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.cfg.grad_clip_norm)
+    for optimizer in job.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr
+            if isinstance(optimizer, Muon):
+                group["momentum"] = momentum
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return mean_ce / micro_steps
+
+
+def warm_up(job: Job) -> None:
+    """Runs WARMUP_STEPS steps to compile and prime the kernels, then puts weights, optimisers, loader and RNG back."""
+    t0 = time.perf_counter()
+    weights = {name: t.clone() for name, t in job.model.state_dict().items()}
+    rng = random_state(job.rt)
+    for step in range(job.cfg.warmup_steps):
+        train_step(job, 1.0, muon_momentum(job.cfg, 0))
+        if step < 20 or (step + 1) % 10 == 0:
+            job.folder.log(f"warmup_step:{step + 1}/{job.cfg.warmup_steps}")
+    job.model.load_state_dict(weights)
+    for optimizer in job.optimizers:
+        optimizer.state.clear()
+    restore_random_state(rng, job.rt)
+    job.loader.seek(0)
+    job.seconds["warmup"] = time.perf_counter() - t0
+
+
+class LossWatch:
+    """Stops a run whose loss is not finite. Looks at a step's loss when the next one is under way: no device stall."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.pending: tuple[int, float, Tensor] | None = None
+
+    def push(self, lr: float, loss: Tensor) -> None:
+        self.check()
+        self.pending = self.job.step, lr, loss
+
+    def check(self) -> None:
+        if self.pending is not None:
+            (step, lr, loss), self.pending = self.pending, None
+            if not math.isfinite(float(loss)):
+                raise TrainingDiverged(
+                    f"train_loss is {float(loss)} at step {step} with learning-rate factor {lr:.4g} (MATRIX_LR"
+                    f" {self.job.cfg.matrix_lr}); last checkpoint: {self.job.last_checkpoint}"
+                )
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT add their number to the list instead of ending the process; a second one ends it."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agree(job: Job, signals: Sequence[int]) -> tuple[float, int]:
+    """(training ms, signal number or 0): the largest over the ranks, so that all of them take the same decisions."""
+    elapsed_ms, number = job.clock.elapsed_ms(), max(signals, default=0)
+    if job.rt.world_size == 1:
+        return elapsed_ms, number
+    pair = job.rt.reduce(torch.tensor([elapsed_ms, number], dtype=torch.float64, device=job.rt.device), dist.ReduceOp.MAX)
+    return float(pair[0]), int(pair[1])
+
+
+def validate(job: Job) -> EvalResult:
+    job.clock.pause()
+    result = job.evaluate(job.compiled, job.cfg.val_max_tokens)
+    job.seconds["validate"] = job.seconds.get("validate", 0.0) + result.seconds
+    train_ms = job.clock.total_ms
+    job.folder.log(
+        f"step:{job.step}/{job.cfg.iterations} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
+        f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(job.step, 1):.2f}ms"
+    )
+    job.folder.metric(kind="val", step=job.step, val_loss=result.val_loss, val_bpb=result.val_bpb, train_ms=train_ms)
+    job.clock.resume()
+    return result
+
+
+def log_step(job: Job, loss: Tensor, lr: float, elapsed_ms: float) -> None:
+    mean = float(job.rt.reduce(loss.clone())) / job.rt.world_size
+    job.folder.log(
+        f"step:{job.step}/{job.cfg.iterations} train_loss:{mean:.4f} "
+        f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / job.step:.2f}ms"
+    )
+    job.folder.metric(kind="train", step=job.step, train_loss=mean, lr_scale=lr, train_ms=elapsed_ms)
+
+
+def train(job: Job) -> EvalResult:
+    """Trains to ITERATIONS or the wallclock cap and returns the last validation. Raises TrainingDiverged, Stopped."""
+    cfg, watch, stop_at = job.cfg, LossWatch(job), job.cfg.iterations
+    cap_ms = 1000 * cfg.max_wallclock_seconds or math.inf
+    job.clock.resume()
+    elapsed_ms, _ = agree(job, [])
+    with caught_signals() as signals, progress(cfg.iterations, "train", job.rt.master, job.step) as bar:
+        while True:
+            last = job.step >= stop_at
+            if last or (cfg.val_loss_every and job.step % cfg.val_loss_every == 0):
+                watch.check()
+                result = validate(job)
+            if last:
+                break
+            lr = lr_scale(cfg, job.step, elapsed_ms)
+            loss = train_step(job, lr, muon_momentum(cfg, job.step))
+            job.step += 1
+            watch.push(lr, loss)
+            elapsed_ms, signal_number = agree(job, signals)
+            bar.update()
+            if cfg.train_log_every and (job.step <= 10 or job.step % cfg.train_log_every == 0 or elapsed_ms >= cap_ms):
+                log_step(job, loss, lr, elapsed_ms)
+            if elapsed_ms >= cap_ms:
+                stop_at = job.step
+            if signal_number or (cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0):
+                watch.check()
+                path = job.save()
+                if signal_number:
+                    raise Stopped(signal_number, path)
+    job.clock.pause()
+    if job.step < cfg.iterations:
+        job.folder.log(
+            f"stopping_early: wallclock_cap train_time:{job.clock.total_ms:.0f}ms step:{job.step}/{cfg.iterations}")
+    job.seconds["train"] = job.clock.total_ms / 1000
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finish: export, read back from disk into a fresh model, evaluate that, sum up.
+# ----------------------------------------------------------------------------------------------------------------------
+
+ARTIFACT_NAME = "final_model.int8.ptz"
+
+
+def code_bytes() -> int:
+    """Size of the packed submission's code: this file and export.py in one, or the packed file this runs from."""
+    import export
+
+    return packed_code_bytes([Path(__file__), Path(export.__file__)])
+
+
+def export_model(job: Job) -> SizeReport | None:
+    """Writes the artifact (rank 0 only, the others get None) and prints the challenge's size lines."""
+    if not job.rt.master:
+        return None
+    t0 = time.perf_counter()
+    state = job.model.state_dict()
+    if job.cfg.save_raw_checkpoint:
+        path = job.folder.path / "final_model.safetensors"
+        write_checkpoint(path, state, {"artifact_meta": job.meta})
+        job.folder.log(f"Serialized model: {path.stat().st_size} bytes")
+    report = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, job.cfg.export_options)
+    code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
+    job.folder.log(f"Code size: {code} bytes (packed)")
+    job.folder.log(
+        f"Serialized model int8+zlib: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
+        f"raw:{raw} ratio:{raw / report.total_bytes:.2f}x)"
+    )
+    job.folder.log(f"Total submission size int8+zlib: {report.total_bytes + code} bytes")
+    if report.floored_share > 0.5:
+        job.folder.log(
+            f"warning: the step of {report.floored_share:.0%} of the quantised weights sits at INT8_SCALE_FLOOR="
+            f"{job.cfg.int8_scale_floor:.6g}: size and error then measure how long the model was trained; 0 removes the floor"
+        )
+    job.seconds["export"] = time.perf_counter() - t0
+    return report
+
+
+def load_model(artifact_state: Mapping[str, Tensor], meta: Mapping[str, Any], rt: Runtime) -> GPT:
+    """A fresh model with an artifact's weights. Raises ArtifactError when they do not fit together."""
+    shape = shape_from_meta(meta)
+    model = build_model(shape, rt, int(meta["train_seq_len"]))
+    wanted = tensor_shapes(shape)
+    found = {name: tuple(t.shape) for name, t in artifact_state.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ArtifactError(f"tensor {name}", 0, found.get(name, "nothing"), wanted.get(name, "nothing"))
+    model.load_state_dict(dict(artifact_state))
+    return model
+
+
+def shape_from_meta(meta: Mapping[str, Any]) -> ModelShape:
+    """The network that an artifact's header describes. Raises ArtifactError."""
+    values = meta.get("model")
+    names = {f.name: f for f in fields(ModelShape)}
+    if not isinstance(values, dict) or values.keys() != names.keys():
+        raise ArtifactError("meta.model", 0, values, f"an object with the keys {', '.join(names)}")
+    for name, f in names.items():
+        kind = type(f.default)
+        if type(values[name]) is not kind or (f.metadata["choices"] and values[name] not in f.metadata["choices"]):
+            raise ArtifactError(f"meta.model.{name}", 0, values[name], f"a {kind.__name__} as {f.default!r}")
+    shape = ModelShape(**values)
+    limits = {"num_layers": 4096, "model_dim": 1 << 16, "mlp_mult": 256, "num_heads": 4096}
+    faults = shape.shape_problems() + [f"{k} above {v}" for k, v in limits.items() if getattr(shape, k) > v]
+    seq_len = meta.get("train_seq_len")
+    if type(seq_len) is not int or not 1 <= seq_len <= 1 << 20:
+        faults.append(f"train_seq_len must be in 1 .. {1 << 20}, got {seq_len!r}")
+    if faults:
+        raise ArtifactError("meta.model", 0, "; ".join(faults), "a consistent shape")
+    return shape
+
+
+def meta_from_state(state: Mapping[str, Tensor], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The header for weights that come without one (the challenge's checkpoints), from the tensors' shapes.
+
+    `overrides` holds knobs that shapes cannot tell, such as ROPE_BASE, LOGIT_SOFTCAP or NUM_LAYERS when blocks are
+    shared; values as in the environment. Raises ArtifactError when the state is not a GPT of this program.
+    """
+    try:
+        vocab, width = state["tok_emb.weight"].shape
+        kv_dim, dim = state["blocks.0.attn.c_k.weight"].shape
+        heads = state["blocks.0.attn.q_gain"].numel()
+        hidden = state["blocks.0.mlp.fc.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ArtifactError("checkpoint", 0, f"no usable tensor {error}", "the weights of a GPT of this program") from None
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    bf16_embedding = state["tok_emb.weight"].dtype is torch.bfloat16
+    inferred = {
+        "VOCAB_SIZE": vocab, "EMBED_DIM": width if width < dim else 0, "MODEL_DIM": dim, "NUM_HEADS": heads,
+        "NUM_KV_HEADS": kv_dim * heads // dim, "MLP_MULT": hidden // dim, "NUM_LAYERS": blocks,
+        "TIE_EMBEDDINGS": int("lm_head.weight" not in state), "ROPE_DTYPE": "bfloat16" if bf16_embedding else "float32",
+    }
+    if "NUM_LAYERS" in overrides:
+        inferred["NUM_UNIQUE_BLOCKS"] = blocks
+    cfg, problems = Config.parse({**{k: str(v) for k, v in inferred.items()}, **overrides})
+    if problems:
+        raise ArtifactError("checkpoint", 0, "; ".join(problems), "a consistent shape")
+    return {"model": asdict(cfg.shape), "train_seq_len": cfg.train_seq_len}
+
+
+def evaluate_artifact(
+    state: Mapping[str, Tensor], meta: Mapping[str, Any], *, data: str, tokenizer: str, device: str = "auto",
+    max_tokens: int = 0, batch_tokens: int = 65_536,
+) -> EvalResult:
+    """Scores an artifact on the validation shards of the folder `data`. Raises DataError, ArtifactError, ConfigError."""
+    cfg, problems = Config.parse({"DEVICE": device, "ENABLE_TORCH_COMPILE": "0"})
+    rt = Runtime.from_config(cfg, {})
+    if problems or rt.problems():
+        raise ConfigError(problems + rt.problems())
+    tok = Tokenizer(tokenizer)
+    made_with = meta.get("tokenizer_sha256")
+    if made_with is not None and made_with != tok.sha256:
+        raise DataError(f"tokenizer {tokenizer} (sha256 {tok.sha256[:16]}) is not the artifact's ({str(made_with)[:16]})")
+    rt.start("auto")
+    model = load_model(state, meta, rt)
+    if tok.vocab_size != model.tok_emb.num_embeddings:
+        raise DataError(f"tokenizer {tokenizer} has {tok.vocab_size} tokens, the artifact {model.tok_emb.num_embeddings}")
+    seq_len = int(meta["train_seq_len"])
+    val = read_validation(data, seq_len, tok.vocab_size)
+    check_pairing(data, tok, val)
+    return evaluate(
+        lambda x, y: model(x, y, reduction="none"), val, byte_table(tok, rt.device), rt,
+        seq_len=seq_len, batch_tokens=max(batch_tokens, seq_len), max_tokens=max_tokens,
+    )
+
+
+def roundtrip(job: Job) -> EvalResult:
+    """Reads the artifact from disk (rank 0; the others receive its bytes) and evaluates it in a fresh model."""
+    path = job.folder.path / ARTIFACT_NAME
+    artifact: Artifact = decode_artifact(job.rt.broadcast(path.read_bytes() if job.rt.master else b""))
+    model = job.rt.compile(load_model(artifact.state, artifact.meta, job.rt))
+    result = job.evaluate(model, job.cfg.roundtrip_val_max_tokens or job.cfg.val_max_tokens)
+    job.seconds["roundtrip"] = result.seconds
+    job.folder.log(
+        f"final_int8_zlib_roundtrip val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
+        f"eval_time:{1000 * result.seconds:.0f}ms"
+    )
+    job.folder.log(f"final_int8_zlib_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+    return result
+
+
+def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResult | None) -> int:
+    """Writes summary.json, says how the total stands against the cap, and returns the exit code."""
+    code, cap = code_bytes(), job.cfg.artifact_cap_bytes
+    total = report.total_bytes + code
+    over = bool(cap) and total > cap
+    job.folder.write_json("summary.json", {
+        "run_id": job.folder.path.name, "step": job.step, "iterations": job.cfg.iterations, "seed": job.cfg.seed,
+        "train_tokens_seen": job.step * job.cfg.train_batch_tokens, "params": sum(p.numel() for p in job.model.parameters()),
+        "pre_roundtrip": asdict(before), "roundtrip": asdict(after) if after else None,
+        "artifact": ARTIFACT_NAME, "artifact_bytes": report.total_bytes, "code_bytes": code, "total_bytes": total,
+        "cap_bytes": cap, "under_cap": not over, "bits_per_weight": report.bits_per_weight,
+        "floored_share": report.floored_share, "parts": report.parts, "seconds": job.seconds,
+    })
+    job.folder.log(f"summary: total {total} bytes of {cap or 'no'} cap, outputs in {job.folder.path}")
+    if over:
+        job.folder.log(f"OVER THE CAP by {total - cap} bytes ({total} > ARTIFACT_CAP_BYTES={cap}): not a valid submission;"
+                       " everything was saved. Choose a smaller shape or fewer bits")
+    return 3 if over else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main: check everything, then prepare, train, finish.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_validation(data_path: str | Path, seq_len: int, vocab_size: int) -> np.ndarray:
+    """All validation tokens, (tokens,) uint16. Raises DataError."""
+    shards = read_split(data_path, "val")
+    tokens = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    if tokens.size <= seq_len:
+        raise DataError(f"the validation split in {data_path} has {tokens.size} tokens, one sequence needs {seq_len + 1}")
+    if tokens.max() >= vocab_size:
+        raise DataError(f"the validation split in {data_path} holds token {tokens.max()}, VOCAB_SIZE={vocab_size}")
+    return tokens
+
+
+def load_data(cfg: Config) -> tuple[Data | None, list[str]]:
+    """The data of a run, or every reason why it cannot be used."""
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except DataError as error:
+            problems.append(str(error))
+            return None
+
+    tokenizer = attempt(lambda: Tokenizer(cfg.tokenizer_path))
+    train = attempt(lambda: TokenStream(read_split(cfg.data_path, "train")))
+    val = attempt(lambda: read_validation(cfg.data_path, cfg.train_seq_len, cfg.vocab_size))
+    if tokenizer is not None and tokenizer.vocab_size != cfg.vocab_size:
+        problems.append(f"VOCAB_SIZE={cfg.vocab_size}, but tokenizer {cfg.tokenizer_path} has {tokenizer.vocab_size} tokens")
+    if problems or tokenizer is None or train is None or val is None:
+        return None, problems
+    pairing = attempt(lambda: check_pairing(cfg.data_path, tokenizer, val))
+    return (None, problems) if problems else (Data(train, val, tokenizer, pairing), [])
+
+
+def folder_problems(cfg: Config) -> list[str]:
+    """Why the run's folder cannot take its outputs: it exists already, or the disk is too small."""
+    found = []
+    path = Path(cfg.log_dir) / cfg.run_id
+    if cfg.run_id and path.exists() and not cfg.resume:
+        found.append(f"RUN_ID={cfg.run_id} exists in {cfg.log_dir}; choose another, or RESUME=auto continues it")
+    base = next(p for p in (path, *path.absolute().parents) if p.exists())
+    weights = sum(math.prod(s) for s in tensor_shapes(cfg.shape).values()) if not cfg.shape_problems() else 0
+    checkpoints = (cfg.checkpoint_keep + 1 if cfg.checkpoint_every else 1) * 12 * weights  # weights and two moments, float32
+    wanted = checkpoints + 3 * weights + (10 << 20)
+    free = shutil.disk_usage(base).free
+    if not os.access(base, os.W_OK):
+        found.append(f"LOG_DIR={cfg.log_dir} cannot be written to")
+    elif free < wanted:
+        found.append(f"LOG_DIR={cfg.log_dir} has {free} bytes free, checkpoints and artifact may need {wanted}")
+    return found
+
+
+def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
+    """Everything that can be wrong before any work, reported together. Raises ConfigError."""
+    cfg, problems = Config.parse(env)
+    rt = Runtime.from_config(cfg, env)
+    problems += rt.problems()
+    if not problems:
+        problems += cfg.world_problems(rt.world_size)
+    data, data_problems = load_data(cfg)
+    problems += data_problems
+    if rt.master:
+        problems += folder_problems(cfg) + resume_problems(cfg)
+    if problems or data is None:
+        raise ConfigError(problems)
+    return cfg, rt, data
+
+
+def describe(job: Job) -> None:
+    """The header of the log, and config.json: all that decides the result."""
+    cfg, log = job.cfg, job.folder.log
+    sources = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (__file__, sys.modules["export"].__file__ or "")}
+    job.folder.write_json("config.json", {
+        "knobs": asdict(cfg) | {"run_id": job.folder.path.name}, "code_sha256": sources, "python": platform.python_version(),
+        "torch": torch.__version__, "numpy": np.__version__, "device": job.rt.describe(), "tokenizer_sha256": job.data.tokenizer.sha256,
+        "train_tokens": job.data.train.size, "val_tokens": job.data.val.size,
+    })
+    log(f"run:{job.folder.path} seed:{cfg.seed} {job.rt.describe()}")
+    log(f"tokenizer:{job.data.tokenizer.path} vocab:{cfg.vocab_size} pairing:{job.data.pairing}")
+    log(f"train_loader:shards:{len(job.data.train.shards)} tokens:{job.data.train.size} val_tokens:{job.data.val.size}")
+    log(f"model_params:{sum(p.numel() for p in job.model.parameters())} micro_batches:{cfg.micro_batches} of {cfg.micro_batch} tokens")
+    if cfg.unique_blocks < cfg.num_layers:
+        log("layer_blocks:" + " ".join(f"{layer}->{block}" for layer, block in enumerate(job.model.layer_blocks)))
+    code, artifact = code_bytes(), predict_artifact_bytes(tensor_shapes(cfg.shape), cfg.export_options)
+    total = artifact + code
+    verdict = "" if not cfg.artifact_cap_bytes else " OVER THE CAP" if total > cfg.artifact_cap_bytes else " under the cap"
+    log(f"predicted: artifact {artifact} + code {code} = {total} bytes of {cfg.artifact_cap_bytes}{verdict}")
+
+
+def run(cfg: Config, rt: Runtime, data: Data) -> int:
+    """One run from preflight's results to its exit code."""
+    t0 = time.perf_counter()
+    name = cfg.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{secrets.token_hex(2)}"
+    folder = RunFolder(Path(cfg.log_dir) / name, rt.master)
+    rt.start(cfg.sdp_backend)
+    try:
+        job = Job.build(cfg, rt, folder, data)
+        describe(job)
+        job.seconds["prepare"] = time.perf_counter() - t0
+        warm_up(job)
+        checkpoint = checkpoint_to_resume(cfg)
+        if checkpoint is not None:
+            job.restore(checkpoint)
+        before = train(job)
+        folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
+        report = export_model(job)
+        after = roundtrip(job) if cfg.final_roundtrip_eval else None
+        return summarise(job, before, report, after) if report is not None else 0
+    except Stopped as stop:
+        folder.log(str(stop))
+        return 128 + stop.signal_number
+    except (TrainingDiverged, CheckpointError, DataError) as error:
+        folder.log(f"failed: {error}")
+        return 1
+    finally:
+        rt.stop()
+
+
+def main(env: Mapping[str, str]) -> int:
+    try:
+        cfg, rt, data = preflight(env)
+    except ConfigError as error:
+        if env.get("LOCAL_RANK", "0") == "0":
+            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 2
+    return run(cfg, rt, data)
+
+
+if __name__ == "__main__":
+    from train_gpt import main as _main  # re-enters by name, so that every class exists once
+
+    sys.exit(_main(os.environ))
