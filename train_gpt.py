@@ -41,7 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -118,6 +118,7 @@ class ModelShape:
         if found:
             return found
         return [text for wrong, text in (
+            (self.num_layers < 2, f"NUM_LAYERS must be at least 2, one for each half of the skips, got {self.num_layers}"),
             (self.vocab_size > 65536, f"VOCAB_SIZE must fit the shards' uint16, at most 65536, got {self.vocab_size}"),
             (not 0 <= self.num_unique_blocks <= self.num_layers,
              f"NUM_UNIQUE_BLOCKS must be 0 (all) to NUM_LAYERS={self.num_layers}, got {self.num_unique_blocks}"),
@@ -128,8 +129,8 @@ class ModelShape:
             (self.num_heads % self.num_kv_heads != 0,
              f"NUM_KV_HEADS must divide NUM_HEADS={self.num_heads}, got {self.num_kv_heads}"),
             (self.window_size < 0, f"WINDOW_SIZE must be at least 0, got {self.window_size}"),
-            (not 1 < self.rope_base < math.inf, f"ROPE_BASE must be above 1, got {self.rope_base}"),
-            (not 0 < self.logit_softcap < math.inf, f"LOGIT_SOFTCAP must be above 0, got {self.logit_softcap}"),
+            (self.rope_base <= 1, f"ROPE_BASE must be above 1, got {self.rope_base}"),
+            (self.logit_softcap <= 0, f"LOGIT_SOFTCAP must be above 0, got {self.logit_softcap}"),
         ) if wrong]
 
 
@@ -168,7 +169,7 @@ class Config(ModelShape):
     warmdown_iters: int = knob(1200, "Schedule", "steps over which the learning rate falls to zero at the end; 0 = never")
     warmup_steps: int = knob(20, "Schedule", "untimed steps that prime the kernels; everything is restored after", free=True)
 
-    val_batch_size: int = knob(524_288, "Evaluation", "an eighth of this many tokens goes through one forward pass", free=True)
+    val_batch_size: int = knob(524_288, "Evaluation", "an eighth of this many tokens is one forward pass", free=True)
     val_loss_every: int = knob(1000, "Evaluation", "steps between validations; 0 = only at the end", free=True)
     val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
@@ -177,10 +178,16 @@ class Config(ModelShape):
     )
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
-    checkpoint_every: int = knob(0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True)
+    checkpoint_every: int = knob(
+        0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True
+    )
     checkpoint_keep: int = knob(2, "Checkpoint", "newest checkpoints kept", free=True)
-    resume: str = knob("", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True)
-    save_raw_checkpoint: bool = knob(False, "Checkpoint", "1 = keep the final float weights as final_model.safetensors", free=True)
+    resume: str = knob(
+        "", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True
+    )
+    save_raw_checkpoint: bool = knob(
+        False, "Checkpoint", "1 = keep the final float weights as final_model.safetensors", free=True
+    )
 
     embed_lr: float = knob(0.6, "Optimiser", "Adam, token embedding when untied")
     head_lr: float = knob(0.008, "Optimiser", "Adam, output head when untied")
@@ -203,7 +210,8 @@ class Config(ModelShape):
     qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation")
 
     int8_axis_mode: str = knob(
-        "row", "Export", "one step a row, a column, or per tensor whichever errs less", choices=("row", "col", "auto"), free=True
+        "row", "Export", "one step a row, a column, or per tensor whichever errs less",
+        choices=("row", "col", "auto"), free=True,
     )
     int8_scale_floor: float = knob(
         1 / 127, "Export", "smallest quantisation step; the baseline's 1/127 dominates while weights are below 1;"
@@ -264,15 +272,19 @@ class Config(ModelShape):
             "grad_clip_norm", "tied_embed_init_std", "artifact_cap_bytes",
         ), 1: ("train_batch_tokens", "train_seq_len", "val_batch_size", "checkpoint_keep", "muon_backend_steps")}
         found = [
+            f"{name.upper()} must be finite, got {value}"
+            for name, value in asdict(self).items() if isinstance(value, float) and not math.isfinite(value)
+        ]
+        found += [
             f"{name.upper()} must be at least {low}, got {getattr(self, name)}"
-            for low, names in at_least.items() for name in names if not low <= getattr(self, name) < math.inf
+            for low, names in at_least.items() for name in names if getattr(self, name) < low
         ]
         found += [
             f"{name.upper()} must be in [0, 1), got {getattr(self, name)}"
             for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2") if not 0 <= getattr(self, name) < 1
         ]
         found += self.shape_problems() + self.export_options.problems()
-        if not 0 < self.adam_eps < math.inf:
+        if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
             found.append(f"RUN_ID must be a plain folder name, got {self.run_id!r}")
@@ -282,7 +294,8 @@ class Config(ModelShape):
         span = SPANS_PER_STEP * self.train_seq_len
         return [text for wrong, text in (
             (self.train_batch_tokens % span != 0,
-             f"TRAIN_BATCH_TOKENS must be a multiple of {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span}, got {self.train_batch_tokens}"),
+             f"TRAIN_BATCH_TOKENS must be a multiple of {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span},"
+             f" got {self.train_batch_tokens}"),
             (self.micro_batch % self.train_seq_len != 0 or self.train_batch_tokens % self.micro_batch != 0,
              f"MICRO_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len} that divides"
              f" TRAIN_BATCH_TOKENS={self.train_batch_tokens}, got {self.micro_batch_tokens}"),
@@ -295,7 +308,7 @@ class Config(ModelShape):
             return []
         working = [n for n in range(1, self.micro_batches + 1) if self.micro_batches % n == 0]
         return [
-            f"WORLD_SIZE={world_size} does not divide the {self.micro_batches} micro-batches of a step; these world sizes do:"
+            f"WORLD_SIZE={world_size} does not divide the {self.micro_batches} micro-batches of a step; these do:"
             f" {', '.join(map(str, working))} (MICRO_BATCH_TOKENS={self.micro_batch} sets how many there are)"
         ]
 
@@ -326,7 +339,8 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
         if near or name.startswith(families):
-            found.append(f"{name} is not a knob of this version{f'; did you mean {near[0]}?' if near else ''}; unset it to go on")
+            hint = f", did you mean {near[0]}?" if near else ""
+            found.append(f"{name} is not a knob of this version{hint} Unset it to go on")
     return found
 
 
@@ -366,7 +380,7 @@ class Runtime:
     def problems(self) -> list[str]:
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(self.device.type, True)
         if not available:
-            return [f"DEVICE={self.device.type} is not available to this PyTorch build ({torch.__version__}); use auto or cpu"]
+            return [f"DEVICE={self.device.type} is not available to this PyTorch ({torch.__version__}); use auto or cpu"]
         if self.device.type == "cuda" and self.local_rank >= torch.cuda.device_count():
             return [f"LOCAL_RANK={self.local_rank} has no GPU, this machine has {torch.cuda.device_count()}"]
         if self.device.type == "mps" and self.world_size > 1:
@@ -446,8 +460,9 @@ class Runtime:
         return peak, peak
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or platform.machine()
-        return f"device:{self.device} ({name}) world_size:{self.world_size} dtype:{str(self.dtype)[6:]} compile:{self.compiled}"
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+        precision = str(self.dtype).removeprefix("torch.")
+        return f"device:{self.device} ({name}) world_size:{self.world_size} dtype:{precision} compile:{self.compiled}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -485,14 +500,15 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops the rows that a resumed run writes again; a half-written last line goes too."""
+    def forget_metrics_from(self, step: int) -> None:
+        """Drops the rows that a run going on at `step` writes again (its validation there too), and a half-written one."""
         path = self.path / "metrics.jsonl"
         if self.master and path.exists():
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):
-                    kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+                    row = json.loads(line)
+                    kept += [line + "\n"] if row["step"] < step or (row["step"], row["kind"]) == (step, "train") else []
             write_atomically(path, "".join(kept).encode())
 
     def write_json(self, name: str, value: Any) -> None:
@@ -561,7 +577,7 @@ class Tokenizer:
         except OSError as error:
             raise DataError(f"tokenizer {path}: cannot be read ({error.strerror}); TOKENIZER_PATH must name it") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.pieces: spm.SentencePieceProcessor | None = None
+        self.pieces: Any = None   # the SentencePiece processor; None for the byte tokenizer
         if data[:1] == b"{":
             self.vocab_size, self.bos_id = self._read_byte_tokenizer(data), 1
             return
@@ -600,12 +616,14 @@ class Tokenizer:
         return self.pieces.decode([int(i) for i in ids])
 
 
-def sample_documents(tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000) -> list[np.ndarray]:
-    """The first whole documents of a token stream without their BOS; the one that the sample's end may cut is left out."""
+def sample_documents(
+    tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000
+) -> list[np.ndarray]:
+    """The first whole documents of a token stream without their BOS; the one that the sample's end cuts is left out."""
     head = np.asarray(tokens[:max_tokens])
     starts = np.flatnonzero(head == bos_id)
     if starts.size == 0:
-        raise DataError(f"no BOS (id {bos_id}) among the first {head.size} validation tokens; the shards are not of this format")
+        raise DataError(f"no BOS (id {bos_id}) among the first {head.size} validation tokens; wrong tokenizer or shards")
     ends = np.append(starts[1:], head.size if head.size == tokens.size else starts[-1])
     documents = [head[a + 1:b] for a, b in zip(starts, ends, strict=True) if b > a + 1]
     return documents[:max_documents]
@@ -736,16 +754,18 @@ def byte_table(tokenizer: Tokenizer, device: torch.device | str = "cpu") -> Byte
     own = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     leading_space = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
     boundary = np.ones(tokenizer.vocab_size, dtype=np.bool_)
-    sp = tokenizer.pieces
-    if sp is None:
+    if tokenizer.pieces is None:
         own[Tokenizer.BYTE_OFFSET:], boundary[Tokenizer.BYTE_OFFSET:] = 1, False
-    for i in range(tokenizer.vocab_size if sp is not None else 0):
-        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
-            continue
-        boundary[i] = False
-        piece = sp.id_to_piece(i)
-        leading_space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
-        own[i] = 1 if sp.is_byte(i) else len(piece[int(leading_space[i]):].encode("utf-8"))
+    else:
+        sp = tokenizer.pieces
+        for i in range(tokenizer.vocab_size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                continue
+            boundary[i] = False
+            piece = sp.id_to_piece(i)
+            leading_space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
+            text = piece[int(leading_space[i]):].replace("\u2581", " ")  # a space inside a piece is one byte too
+            own[i] = 1 if sp.is_byte(i) else len(text.encode("utf-8"))
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (own, leading_space, boundary)))
 
 
@@ -825,8 +845,8 @@ class CastedLinear(nn.Linear):
     def __init__(self, width_in: int, width_out: int):
         super().__init__(width_in, width_out, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
 
 
 def rope_tables(length: int, width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -955,15 +975,16 @@ class GPT(nn.Module):
         factorised = shape.embedding_width < shape.model_dim
         self.embed_proj = CastedLinear(shape.embedding_width, shape.model_dim) if factorised else None
         self.skip_weights = nn.Parameter(torch.ones(self.encoder_layers, shape.model_dim))
-        self.blocks = nn.ModuleList(Block(shape, qk_gain_init) for _ in range(shape.unique_blocks))
+        blocks = [Block(shape, qk_gain_init) for _ in range(shape.unique_blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.lm_head = None if shape.tie_embeddings else CastedLinear(shape.model_dim, shape.vocab_size)
         cos, sin = rope_tables(max_seq_len, shape.head_dim, shape.rope_base, rope_dtype)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if shape.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=tied_embed_init_std)
-        closing = [linear for block in self.blocks for linear in (block.attn.proj, block.mlp.proj)]
-        for linear in closing + ([self.lm_head] if self.lm_head is not None else []):
+        closing = [linear for block in blocks for linear in (block.attn.proj, block.mlp.proj)]
+        for linear in [*closing, *([] if self.lm_head is None else [self.lm_head])]:
             nn.init.zeros_(linear.weight)
 
     def features(self, ids: Tensor) -> Tensor:
@@ -1042,17 +1063,17 @@ class Muon(torch.optim.Optimizer):
     all-reduce of the updates (the others contribute zeros) gives all ranks the same weights.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, backend_steps: int, dtype: torch.dtype, rt: Runtime):
+    def __init__(self, params: Sequence[Tensor], lr: float, backend_steps: int, dtype: torch.dtype, rt: Runtime):
         super().__init__(params, {"lr": lr, "momentum": 0.0})
         self.backend_steps, self.dtype, self.rt = backend_steps, dtype, rt
         self.orthogonalise = rt.compile(orthogonalise)
 
-    def owned(self) -> Iterator[tuple[int, nn.Parameter, bool]]:
+    def owned(self) -> Iterator[tuple[int, Tensor, bool]]:
         """(owning rank, matrix, whether that is this rank) in parameter order."""
         for i, p in enumerate(self.param_groups[0]["params"]):
             yield i % self.rt.world_size, p, i % self.rt.world_size == self.rt.rank
 
-    def momentum_of(self, p: nn.Parameter) -> Tensor:
+    def momentum_of(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
@@ -1077,14 +1098,15 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.Optimizer]:
     """The baseline's groups: embedding, head, matrices (Muon), vectors. They partition the model's parameters."""
-    head = [] if model.lm_head is None else [model.lm_head.weight]
-    matrices, vectors = [], []
+    head: list[Tensor] = [] if model.lm_head is None else [model.lm_head.weight]
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, p in model.named_parameters():
         if p is not model.tok_emb.weight and not any(p is h for h in head):
             is_vector = p.ndim < 2 or any(control in name for control in CONTROL_TENSORS)
             (vectors if is_vector else matrices).append(p)
 
-    def adam(params: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    def adam(params: Sequence[Tensor], lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(params, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     muon_dtype = rt.dtype if cfg.muon_dtype == "auto" else getattr(torch, cfg.muon_dtype)
@@ -1178,16 +1200,9 @@ def restore_random_state(tensors: Mapping[str, Tensor], rt: Runtime) -> None:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """A safetensors file under a temporary name, then renamed; metadata values become JSON."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(host, temporary, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """A safetensors file whose metadata values are JSON."""
+    host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_atomically(path, save_safetensors(host, {k: json.dumps(v, sort_keys=True) for k, v in metadata.items()}))
 
 
 def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
@@ -1334,7 +1349,8 @@ class Job:
 
     def restore(self, path: Path) -> None:
         """Continues from a checkpoint; rank 0 reads the file, so it need not exist on the other nodes."""
-        training = json.loads(self.rt.broadcast(json.dumps(read_checkpoint_metadata(path)).encode() if self.rt.master else b""))
+        metadata = json.dumps(read_checkpoint_metadata(path)).encode() if self.rt.master else b""
+        training = json.loads(self.rt.broadcast(metadata))
         if training["train_tokens"] != self.data.train.size:
             found, wanted = self.data.train.size, training["train_tokens"]
             raise CheckpointError(f"checkpoint {path}: trained on shards of {wanted} tokens, DATA_PATH now holds {found}")
@@ -1345,7 +1361,6 @@ class Job:
         restore_random_state(tensors, self.rt)
         self.step, self.clock.total_ms = training["step"], training["train_ms"]
         self.loader.seek(training["loader_step"])
-        self.folder.forget_metrics_after(self.step)
         self.last_checkpoint = str(path)
         self.folder.log(f"resumed: step:{self.step} from {path}")
 
@@ -1407,8 +1422,8 @@ class LossWatch:
             (step, lr, loss), self.pending = self.pending, None
             if not math.isfinite(float(loss)):
                 raise TrainingDiverged(
-                    f"train_loss is {float(loss)} at step {step} with learning-rate factor {lr:.4g} (MATRIX_LR"
-                    f" {self.job.cfg.matrix_lr}); last checkpoint: {self.job.last_checkpoint}"
+                    f"train_loss is {float(loss)} at step {step} with the learning rates at {lr:.4g} of their knobs;"
+                    f" last checkpoint: {self.job.last_checkpoint}"
                 )
 
 
@@ -1463,7 +1478,7 @@ def log_step(job: Job, loss: Tensor, lr: float, elapsed_ms: float) -> None:
 
 def train(job: Job) -> EvalResult:
     """Trains to ITERATIONS or the wallclock cap and returns the last validation. Raises TrainingDiverged, Stopped."""
-    cfg, watch, stop_at = job.cfg, LossWatch(job), job.cfg.iterations
+    cfg, watch, stop_at = job.cfg, LossWatch(job), max(job.cfg.iterations, job.step)
     cap_ms = 1000 * cfg.max_wallclock_seconds or math.inf
     job.clock.resume()
     elapsed_ms, _ = agree(job, [])
@@ -1473,8 +1488,8 @@ def train(job: Job) -> EvalResult:
             if last or (cfg.val_loss_every and job.step % cfg.val_loss_every == 0):
                 watch.check()
                 result = validate(job)
-            if last:
-                break
+                if last:
+                    break
             lr = lr_scale(cfg, job.step, elapsed_ms)
             loss = train_step(job, lr, muon_momentum(cfg, job.step))
             job.step += 1
@@ -1505,11 +1520,14 @@ def train(job: Job) -> EvalResult:
 ARTIFACT_NAME = "final_model.int8.ptz"
 
 
-def code_bytes() -> int:
-    """Size of the packed submission's code: this file and export.py in one, or the packed file this runs from."""
-    import export
+def source_files() -> list[Path]:
+    """This file and export.py; one and the same when both run from a packed submission."""
+    return [Path(__file__), Path(sys.modules["export"].__file__ or "")]
 
-    return packed_code_bytes([Path(__file__), Path(export.__file__)])
+
+def code_bytes() -> int:
+    """Size of the submission's code once packed."""
+    return packed_code_bytes(source_files())
 
 
 def export_model(job: Job) -> SizeReport | None:
@@ -1518,11 +1536,12 @@ def export_model(job: Job) -> SizeReport | None:
         return None
     t0 = time.perf_counter()
     state = job.model.state_dict()
-    if job.cfg.save_raw_checkpoint:
-        path = job.folder.path / "final_model.safetensors"
-        write_checkpoint(path, state, {"artifact_meta": job.meta})
-        job.folder.log(f"Serialized model: {path.stat().st_size} bytes")
+    weights = job.folder.path / "final_model.safetensors"   # written first: a failing export loses nothing
+    write_checkpoint(weights, state, {"artifact_meta": job.meta})
+    job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
     report = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, job.cfg.export_options)
+    if not job.cfg.save_raw_checkpoint:
+        weights.unlink()
     code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
@@ -1533,7 +1552,7 @@ def export_model(job: Job) -> SizeReport | None:
     if report.floored_share > 0.5:
         job.folder.log(
             f"warning: the step of {report.floored_share:.0%} of the quantised weights sits at INT8_SCALE_FLOOR="
-            f"{job.cfg.int8_scale_floor:.6g}: size and error then measure how long the model was trained; 0 removes the floor"
+            f"{job.cfg.int8_scale_floor:.6g}: size and error then depend on how long the model trained; 0 removes the floor"
         )
     job.seconds["export"] = time.perf_counter() - t0
     return report
@@ -1736,17 +1755,18 @@ def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
 
 def describe(job: Job) -> None:
     """The header of the log, and config.json: all that decides the result."""
-    cfg, log = job.cfg, job.folder.log
-    sources = {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (__file__, sys.modules["export"].__file__ or "")}
+    cfg, data, log = job.cfg, job.data, job.folder.log
     job.folder.write_json("config.json", {
-        "knobs": asdict(cfg) | {"run_id": job.folder.path.name}, "code_sha256": sources, "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "device": job.rt.describe(), "tokenizer_sha256": job.data.tokenizer.sha256,
-        "train_tokens": job.data.train.size, "val_tokens": job.data.val.size,
+        "knobs": asdict(cfg) | {"run_id": job.folder.path.name}, "device": job.rt.describe(),
+        "code_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source_files()},
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "tokenizer_sha256": data.tokenizer.sha256, "train_tokens": data.train.size, "val_tokens": data.val.size,
     })
     log(f"run:{job.folder.path} seed:{cfg.seed} {job.rt.describe()}")
-    log(f"tokenizer:{job.data.tokenizer.path} vocab:{cfg.vocab_size} pairing:{job.data.pairing}")
-    log(f"train_loader:shards:{len(job.data.train.shards)} tokens:{job.data.train.size} val_tokens:{job.data.val.size}")
-    log(f"model_params:{sum(p.numel() for p in job.model.parameters())} micro_batches:{cfg.micro_batches} of {cfg.micro_batch} tokens")
+    log(f"tokenizer:{data.tokenizer.path} vocab:{cfg.vocab_size} pairing:{data.pairing}")
+    log(f"train_loader:shards:{len(data.train.shards)} tokens:{data.train.size} val_tokens:{data.val.size}")
+    log(f"model_params:{sum(p.numel() for p in job.model.parameters())}"
+        f" micro_batches:{cfg.micro_batches} of {cfg.micro_batch} tokens")
     if cfg.unique_blocks < cfg.num_layers:
         log("layer_blocks:" + " ".join(f"{layer}->{block}" for layer, block in enumerate(job.model.layer_blocks)))
     code, artifact = code_bytes(), predict_artifact_bytes(tensor_shapes(cfg.shape), cfg.export_options)
@@ -1769,6 +1789,7 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
         checkpoint = checkpoint_to_resume(cfg)
         if checkpoint is not None:
             job.restore(checkpoint)
+        folder.forget_metrics_from(job.step)
         before = train(job)
         folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
         report = export_model(job)
@@ -1777,8 +1798,8 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
     except Stopped as stop:
         folder.log(str(stop))
         return 128 + stop.signal_number
-    except (TrainingDiverged, CheckpointError, DataError) as error:
-        folder.log(f"failed: {error}")
+    except (TrainingDiverged, CheckpointError, DataError, ArtifactError) as error:
+        folder.log(f"failed: {error}; what was saved is in {folder.path}")
         return 1
     finally:
         rt.stop()
@@ -1788,8 +1809,10 @@ def main(env: Mapping[str, str]) -> int:
     try:
         cfg, rt, data = preflight(env)
     except ConfigError as error:
-        if env.get("LOCAL_RANK", "0") == "0":
-            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        rank = env.get("LOCAL_RANK", "0")
+        if rank != "0":
+            time.sleep(5)  # torchrun ends all ranks with the first: let rank 0 speak for a fault that all of them have
+        print("\n".join(f"error: {'' if rank == '0' else f'rank {rank}: '}{p}" for p in error.problems), file=sys.stderr)
         return 2
     return run(cfg, rt, data)
 

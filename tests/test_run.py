@@ -1,0 +1,427 @@
+"""Guarantees of whole runs: parity with the challenge's baseline, the round trip, resumption, stops, refusals, submissions.
+
+    bash scripts/test.sh tests/test_run.py
+
+The golden losses were recorded from the challenge's baseline trainer on CPU (only its device lines changed) with the same
+seed, shards, knobs and micro-batches; its data is the formula in `formula_tokens`, or the real FineWeb tokens of CORPUS_DIR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import export
+import train_gpt
+
+ROOT = Path(train_gpt.__file__).parent
+
+BASELINE_FLOAT32 = (
+    5.562379, 5.771084, 5.903475, 5.955106, 5.90413, 5.744579, 5.667221, 5.603103, 5.535041, 5.478978, 5.451352, 5.431488,
+    5.429409, 5.378269, 5.31389, 5.257613, 5.154694, 5.092008, 4.95386, 4.854751, 4.744285, 4.589101, 4.453923, 4.343914,
+    4.207175, 4.112185, 4.032579, 3.936469, 3.882254, 3.876788, 3.796945, 3.744068, 3.674764, 3.58387, 3.549486, 3.49144,
+    3.456017, 3.408154, 3.367526, 3.359843,
+)
+BASELINE_BFLOAT16 = (
+    5.562381, 5.77308, 5.90399, 5.955347, 5.904795, 5.744301, 5.666476, 5.600581, 5.534942, 5.477958, 5.45156, 5.431548,
+    5.430678, 5.380866, 5.3171, 5.260643, 5.157551, 5.096362, 4.954982, 4.85626, 4.749228, 4.597442, 4.460823, 4.352131,
+    4.210503, 4.116194, 4.03583, 3.95352, 3.890282, 3.882618, 3.808321, 3.756673, 3.685198, 3.60586, 3.546406, 3.494651,
+    3.470224, 3.402974, 3.363547, 3.366897,
+)
+
+BASELINE_FINEWEB = (   # 4 layers x 128, 8,192 tokens a step, sequences of 256, no warmdown
+    6.93474, 7.12234, 6.80583, 6.59272, 6.43176, 6.29576, 5.93608, 5.93099, 5.78098, 5.99631, 5.71962, 5.34255, 5.46454,
+    5.85253, 5.74839, 5.60565, 5.59732, 5.65274, 5.38543, 5.15241,
+)
+
+
+def formula_tokens(count: int, start: int) -> np.ndarray:
+    """A skewed, slightly repetitive stream of ids below 260 with BOS every 97 tokens."""
+    i = np.arange(start, start + count, dtype=np.uint64)
+    x = (i * np.uint64(2654435761) % np.uint64(2**32)) >> np.uint64(16)
+    y = i // np.uint64(5) * np.uint64(40503) % np.uint64(65536)
+    tokens = (4 + ((x * x >> np.uint64(24)) + (y >> np.uint64(10))) % 256).astype("<u2")
+    tokens[::97] = 1
+    return tokens
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, tokens.size
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "fineweb_train_000000.bin", formula_tokens(60_000, 0))
+    write_shard(folder / "fineweb_val_000000.bin", formula_tokens(4_097, 1_000_000))
+    config = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": 4, "byte_count": 256}
+    (folder / "byte260.json").write_text(json.dumps({"tokenizer_type": "pure_byte", "config": config, "vocab_size": 260}))
+    return folder
+
+
+@pytest.fixture
+def env(data: Path, tmp_path: Path) -> dict[str, str]:
+    """The golden runs' knobs; a step takes some 30 ms."""
+    digest = hashlib.sha256((data / "byte260.json").read_bytes()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}}))
+    return {
+        "DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "byte260.json"), "VOCAB_SIZE": "260", "LOG_DIR": str(tmp_path),
+        "RUN_ID": "run", "DEVICE": "cpu", "ITERATIONS": "40", "WARMUP_STEPS": "0", "TRAIN_BATCH_TOKENS": "2048",
+        "TRAIN_SEQ_LEN": "64", "NUM_LAYERS": "4", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+        "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "VAL_BATCH_SIZE": "8192", "WARMDOWN_ITERS": "20",
+        "TRAIN_LOG_EVERY": "1",
+    }
+
+
+def metrics(env: dict[str, str], kind: str = "train") -> list[dict]:
+    path = Path(env["LOG_DIR"]) / env["RUN_ID"] / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for row in rows if row["kind"] == kind]
+
+
+def losses(env: dict[str, str]) -> list[tuple[int, float]]:
+    return [(row["step"], row["train_loss"]) for row in metrics(env)]
+
+
+def summary(env: dict[str, str]) -> dict:
+    return json.loads((Path(env["LOG_DIR"]) / env["RUN_ID"] / "summary.json").read_text())
+
+
+def outputs(env: dict[str, str]) -> Path:
+    return Path(env["LOG_DIR"]) / env["RUN_ID"]
+
+
+def start(env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train_gpt.py")], env=bare_environment() | env, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+
+
+def bare_environment() -> dict[str, str]:
+    """What a process needs to start, and no knob."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+
+
+def wait_for_step(env: dict[str, str], step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(s >= step for s, _ in losses(env)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# --- parity with the challenge's baseline -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("knobs", "golden", "val_loss", "tolerance"), [
+    ({"MUON_DTYPE": "bfloat16"}, BASELINE_FLOAT32, 3.328970, 1e-4),
+    ({}, BASELINE_FLOAT32, 3.328970, 5e-3),                                # Newton-Schulz in float32
+    ({"COMPUTE_DTYPE": "bfloat16"}, BASELINE_BFLOAT16, 3.32477796, 5e-3),
+])
+def test_the_loss_curve_is_the_baselines(env, knobs, golden, val_loss, tolerance):
+    env |= knobs
+    assert train_gpt.main(env) == 0
+    found = [loss for _, loss in losses(env)]
+    assert found[:20] == pytest.approx(golden[:20], abs=tolerance)
+    assert found == pytest.approx(golden, abs=4 * tolerance)
+    assert summary(env)["pre_roundtrip"]["val_loss"] == pytest.approx(val_loss, abs=2 * tolerance)
+
+
+def test_on_real_fineweb_the_loss_curve_is_the_baselines(env, tmp_path, corpus_dir):
+    tokens = train_gpt.read_shard(corpus_dir / "fineweb_mini_sp1024" / "fineweb_val_000000.bin")
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.asarray(tokens[:131_073]))
+    (tmp_path / "fineweb_train_000000.bin").symlink_to(corpus_dir / "fineweb_mini_sp1024" / "fineweb_train_000000.bin")
+    env |= {
+        "DATA_PATH": str(tmp_path), "TOKENIZER_PATH": str(corpus_dir / "tokenizers" / "fineweb_1024_bpe.model"),
+        "VOCAB_SIZE": "1024", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "256", "MODEL_DIM": "128",
+        "WARMDOWN_ITERS": "0", "VAL_BATCH_SIZE": "524288",
+    }
+    assert train_gpt.main(env) == 0
+    assert [loss for _, loss in losses(env)][:20] == pytest.approx(BASELINE_FINEWEB, abs=5e-3)
+    assert summary(env)["pre_roundtrip"]["val_bpb"] == pytest.approx(3.11404414, abs=3e-3)
+
+
+# --- one run, from shards to the score of the file ----------------------------------------------------------------------
+
+
+def test_a_run_scores_the_file_that_it_wrote(env, capfd):
+    env |= {"ITERATIONS": "12", "SAVE_RAW_CHECKPOINT": "1"}
+    assert train_gpt.main(env) == 0
+    log, found, folder = (outputs(env) / "train.log").read_text(), summary(env), outputs(env)
+    for line in (
+        r"^step:12/12 train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
+        r"^step:12/12 val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$",
+        r"^peak memory allocated: \d+ MiB reserved: \d+ MiB$",
+        r"^Serialized model int8\+zlib: \d+ bytes ", r"^Total submission size int8\+zlib: \d+ bytes$",
+        r"^final_int8_zlib_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms$",
+        r"^final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}$",
+    ):
+        assert re.search(line, log, re.MULTILINE), line
+    assert log in capfd.readouterr().out
+    artifact = folder / "final_model.int8.ptz"
+    assert found["artifact_bytes"] == artifact.stat().st_size == sum(found["parts"].values())
+    assert found["total_bytes"] == found["artifact_bytes"] + found["code_bytes"] <= found["cap_bytes"] == 16_000_000
+    loaded = export.load_artifact(artifact)
+    again = train_gpt.evaluate_artifact(loaded.state, loaded.meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"],
+                                        device="cpu", batch_tokens=1024)
+    assert again.val_bpb == pytest.approx(found["roundtrip"]["val_bpb"], rel=1e-12)
+    state, meta = export.read_checkpoint(folder / "final_model.safetensors")
+    assert meta == loaded.meta
+    raw = train_gpt.evaluate_artifact(state, meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"], device="cpu",
+                                      batch_tokens=1024)
+    assert raw.val_bpb == pytest.approx(found["pre_roundtrip"]["val_bpb"], rel=1e-12)
+    assert raw.val_bpb != again.val_bpb
+    knobs = json.loads((folder / "config.json").read_text())["knobs"]
+    assert knobs["iterations"] == 12
+    assert knobs["run_id"] == "run"
+
+
+def test_the_artifact_alone_scores_the_same_in_an_empty_environment(env):
+    env["ITERATIONS"] = "3"
+    assert train_gpt.main(env) == 0
+    exact = re.search(r"final_int8_zlib_roundtrip_exact .*", (outputs(env) / "train.log").read_text())[0]
+    command = [sys.executable, str(ROOT / "export.py"), "eval", str(outputs(env) / "final_model.int8.ptz"), "--data",
+               env["DATA_PATH"], "--tokenizer", env["TOKENIZER_PATH"], "--device", "cpu", "--batch-tokens", "1024"]
+    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1"}, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert exact in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("knobs", [
+    {"NUM_UNIQUE_BLOCKS": "2"}, {"WINDOW_SIZE": "24"}, {"EMBED_DIM": "32"}, {"TIE_EMBEDDINGS": "0"},
+    {"NUM_UNIQUE_BLOCKS": "3", "WINDOW_SIZE": "16", "EMBED_DIM": "24", "TIE_EMBEDDINGS": "0", "MLP_MULT": "3"},
+])
+def test_every_architecture_trains_exports_reloads_and_scores(env, knobs):
+    env |= knobs | {"ITERATIONS": "15", "WARMDOWN_ITERS": "0"}
+    assert train_gpt.main(env) == 0
+    curve, found = losses(env), summary(env)
+    assert curve[-1][1] < curve[0][1]
+    assert found["roundtrip"]["val_bpb"] == pytest.approx(found["pre_roundtrip"]["val_bpb"], abs=0.05)
+    blocks = {name.split(".")[1] for name in found_names(env) if name.startswith("blocks.")}
+    assert len(blocks) == int(knobs.get("NUM_UNIQUE_BLOCKS", 4))
+    if "NUM_UNIQUE_BLOCKS" in knobs:
+        assert re.search(r"^layer_blocks:0->0 1->1 ", (outputs(env) / "train.log").read_text(), re.MULTILINE)
+
+
+def found_names(env: dict[str, str]) -> set[str]:
+    return set(export.load_artifact(outputs(env) / "final_model.int8.ptz").state)
+
+
+def test_the_challenges_own_checkpoints_can_be_written_and_scored(env, tmp_path):
+    env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1"}
+    assert train_gpt.main(env) == 0
+    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
+    torch.save(state, tmp_path / "final_model.pt")
+    arguments = ["write", str(tmp_path / "final_model.pt"), "-o", str(tmp_path / "a.ptz"), "--knob", "TRAIN_SEQ_LEN=64",
+                 "--knob", "TRAIN_BATCH_TOKENS=2048"]
+    assert export.main(arguments) == 0
+    ours = export.load_artifact(outputs(env) / "final_model.int8.ptz")
+    theirs = export.load_artifact(tmp_path / "a.ptz")
+    assert theirs.meta["model"] == ours.meta["model"]
+    assert all(torch.equal(t, theirs.state[name]) for name, t in ours.state.items())
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("whole")
+    knobs = {
+        "DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "byte260.json"), "VOCAB_SIZE": "260", "LOG_DIR": str(folder),
+        "RUN_ID": "whole", "DEVICE": "cpu", "ITERATIONS": "14", "WARMUP_STEPS": "1", "TRAIN_BATCH_TOKENS": "2048",
+        "TRAIN_SEQ_LEN": "64", "NUM_LAYERS": "2", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+        "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "5", "VAL_BATCH_SIZE": "8192", "WARMDOWN_ITERS": "6",
+        "TRAIN_LOG_EVERY": "1", "CHECKPOINT_EVERY": "4", "SAVE_RAW_CHECKPOINT": "1",
+    }
+    digest = hashlib.sha256((data / "byte260.json").read_bytes()).hexdigest()
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": digest}}))
+    process = start(knobs)
+    assert process.wait(timeout=120) == 0, process.communicate()[0]
+    return knobs
+
+
+def assert_same_run(env: dict[str, str], whole: dict[str, str]) -> None:
+    """Weights, loss log and artifact are those of the uninterrupted run, bit for bit."""
+    for name in ("final_model.safetensors", "final_model.int8.ptz"):
+        assert (outputs(env) / name).read_bytes() == (outputs(whole) / name).read_bytes(), name
+    assert losses(env) == losses(whole)
+    for key in ("step", "val_loss", "val_bpb"):
+        assert [row[key] for row in metrics(env, "val")] == [row[key] for row in metrics(whole, "val")]
+
+
+@pytest.mark.parametrize("step", [2, 5, 8, 11, 14])
+def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(uninterrupted, tmp_path, step):
+    env = uninterrupted | {"LOG_DIR": str(tmp_path), "RUN_ID": "cut"}
+    process = start(env)
+    wait_for_step(env, step, process)
+    process.kill()
+    process.wait()
+    resumed = start(env | {"RESUME": "auto"})
+    assert resumed.wait(timeout=120) == 0, resumed.communicate()[0]
+    assert_same_run(env, uninterrupted)
+
+
+def test_sigterm_writes_a_checkpoint_first_and_the_run_goes_on_from_there(uninterrupted, tmp_path):
+    env = uninterrupted | {"LOG_DIR": str(tmp_path), "RUN_ID": "asked", "CHECKPOINT_EVERY": "0"}
+    process = start(env)
+    wait_for_step(env, 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    saved = sorted((outputs(env) / "checkpoints").iterdir())
+    assert len(saved) == 1
+    assert int(saved[0].stem.removeprefix("step_")) == losses(env)[-1][0] >= 3
+    resumed = start(env | {"RESUME": str(saved[0])})
+    assert resumed.wait(timeout=120) == 0, resumed.communicate()[0]
+    assert_same_run(env, uninterrupted)
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted):
+    kept = sorted(p.name for p in (outputs(uninterrupted) / "checkpoints").iterdir())
+    assert kept == ["step_00000008.safetensors", "step_00000012.safetensors"]
+
+
+def test_resuming_with_another_model_is_refused(uninterrupted, capsys):
+    env = uninterrupted | {"RESUME": "auto", "MATRIX_LR": "0.03", "ITERATIONS": "20"}
+    assert train_gpt.main(env) == 2
+    error = capsys.readouterr().err
+    assert "was trained with MATRIX_LR=0.04, now it is 0.03" in error
+    assert "ITERATIONS" not in error
+
+
+def test_a_damaged_checkpoint_is_refused(uninterrupted, tmp_path, capsys):
+    broken = tmp_path / "step_00000008.safetensors"
+    broken.write_bytes((outputs(uninterrupted) / "checkpoints" / broken.name).read_bytes()[:5000])
+    assert train_gpt.main(uninterrupted | {"RUN_ID": "other", "RESUME": str(broken)}) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_warm_up_leaves_no_trace(env):
+    env["ITERATIONS"] = "4"
+    assert train_gpt.main(env) == 0
+    plain = losses(env)
+    warmed = env | {"RUN_ID": "warmed", "WARMUP_STEPS": "3"}
+    assert train_gpt.main(warmed) == 0
+    assert losses(warmed) == plain
+    assert (outputs(warmed) / "final_model.int8.ptz").read_bytes() == (outputs(env) / "final_model.int8.ptz").read_bytes()
+
+
+def test_the_wallclock_cap_ends_the_run_with_a_scored_artifact(env):
+    env |= {"MAX_WALLCLOCK_SECONDS": "0.3", "ITERATIONS": "100000"}
+    assert train_gpt.main(env) == 0
+    found = summary(env)
+    assert 1 <= found["step"] < 100_000
+    assert found["roundtrip"] is not None
+    assert "stopping_early: wallclock_cap train_time:" in (outputs(env) / "train.log").read_text()
+
+
+def test_an_artifact_over_the_cap_is_loud_saved_and_exits_with_3(env):
+    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": "100000"}
+    assert train_gpt.main(env) == 3
+    assert not summary(env)["under_cap"]
+    assert (outputs(env) / "final_model.int8.ptz").is_file()
+    log = (outputs(env) / "train.log").read_text()
+    assert re.search(r"^predicted: .* OVER THE CAP$", log, re.MULTILINE)
+    assert re.search(r"^OVER THE CAP by \d+ bytes", log, re.MULTILINE)
+
+
+def test_a_diverging_run_stops_and_names_step_rate_and_checkpoint(env):
+    env |= {"SCALAR_LR": "3e38", "CHECKPOINT_EVERY": "1"}
+    assert train_gpt.main(env) == 1
+    log = (outputs(env) / "train.log").read_text()
+    assert re.search(r"^failed: train_loss is (nan|inf) at step [2-9] with the learning rates at 1 of their knobs; "
+                     r"last checkpoint: .*step_0000000\d\.safetensors; what was saved", log, re.MULTILINE)
+    assert not (outputs(env) / "summary.json").exists()
+
+
+def test_an_export_that_fails_keeps_the_weights(env):
+    env |= {"MATRIX_LR": "1e30", "ITERATIONS": "3", "WARMDOWN_ITERS": "0"}   # beyond half precision, yet the loss is finite
+    assert train_gpt.main(env) == 1
+    assert "expected what f16 can hold" in (outputs(env) / "train.log").read_text()
+    assert (outputs(env) / "final_model.safetensors").is_file()
+    assert not (outputs(env) / "final_model.int8.ptz").exists()
+
+
+# --- the same result however the work is cut ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", ["64", "512", "2048"])
+def test_the_micro_batch_changes_memory_and_not_the_losses(env, tokens):
+    env |= {"ITERATIONS": "6", "WARMDOWN_ITERS": "0", "MICRO_BATCH_TOKENS": tokens}
+    assert train_gpt.main(env) == 0
+    assert [loss for _, loss in losses(env)] == pytest.approx(
+        [5.562379, 5.771084, 5.903475, 5.955106, 5.90413, 5.744579], abs=3e-3)
+
+
+def test_two_ranks_agree_with_one(env):
+    env |= {"ITERATIONS": "6", "CHECKPOINT_EVERY": "4"}
+    assert train_gpt.main(env) == 0
+    two = env | {"RUN_ID": "two"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
+    done = subprocess.run(command, env=bare_environment() | two, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [x for _, x in losses(two)] == pytest.approx([x for _, x in losses(env)], abs=1e-4)
+    assert summary(two)["roundtrip"]["val_loss"] == pytest.approx(summary(env)["roundtrip"]["val_loss"], abs=1e-3)
+    assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
+    three = subprocess.run(command[:-2] + ["--nproc_per_node=3", command[-1]], env=bare_environment() | two | {"RUN_ID": "three"},
+                           cwd=ROOT, capture_output=True, text=True, check=False)
+    assert three.returncode != 0
+    assert three.stderr.count("WORLD_SIZE=3 does not divide the 8 micro-batches of a step; these do: 1, 2, 4, 8") == 1
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_are_reported_together_before_any_work(env, data, tmp_path, capsys):
+    bad = env | {"NUM_HEADS": "5", "TIE_EMBEDDINGS": "yes", "VAL_LOSS_EVRY": "3", "TOKENIZER_PATH": str(tmp_path / "no.model"),
+                 "DATA_PATH": str(tmp_path)}
+    assert train_gpt.main(bad) == 2
+    error = capsys.readouterr().err
+    for part in ("MODEL_DIM=64 must be NUM_HEADS=5", "TIE_EMBEDDINGS must be 0 or 1, got 'yes'", "did you mean VAL_LOSS_EVERY",
+                 "no.model", "no fineweb_train_*.bin"):
+        assert part in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_overwritten(env, capsys):
+    outputs(env).mkdir()
+    assert train_gpt.main(env) == 2
+    assert "RUN_ID=run exists" in capsys.readouterr().err
+    assert not list(outputs(env).iterdir())
+
+
+def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert train_gpt.main(env) == 2
+    assert "has 1000 bytes free" in capsys.readouterr().err
+
+
+# --- the submission -----------------------------------------------------------------------------------------------------
+
+
+def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path):
+    packed = export.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(packed)
+    env |= {"ITERATIONS": "1", "LOG_DIR": "logs"}
+    done = subprocess.run([sys.executable, "train_gpt.py"], env=bare_environment() | env, cwd=folder, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "logs" / "run" / "summary.json").read_text())
+    assert found["code_bytes"] == len(packed.encode()) == (folder / "train_gpt.py").stat().st_size
+    assert found["roundtrip"] is not None
