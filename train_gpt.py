@@ -619,12 +619,12 @@ class Tokenizer:
 def sample_documents(
     tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000
 ) -> list[np.ndarray]:
-    """The first whole documents of a token stream without their BOS; the one that the sample's end cuts is left out."""
+    """The first documents of a token stream without their BOS, the last left out (a cap may cut it) unless it is alone."""
     head = np.asarray(tokens[:max_tokens])
     starts = np.flatnonzero(head == bos_id)
     if starts.size == 0:
         raise DataError(f"no BOS (id {bos_id}) among the first {head.size} validation tokens; wrong tokenizer or shards")
-    ends = np.append(starts[1:], head.size if head.size == tokens.size else starts[-1])
+    ends = np.append(starts[1:], head.size if starts.size == 1 and head.size == tokens.size else starts[-1])
     documents = [head[a + 1:b] for a, b in zip(starts, ends, strict=True) if b > a + 1]
     return documents[:max_documents]
 
