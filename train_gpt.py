@@ -377,15 +377,21 @@ class Runtime:
             local_rank=local_rank,
         )
 
-    def problems(self) -> list[str]:
+    def problems(self, cfg: Config) -> list[str]:
+        """Why this machine cannot compute as asked."""
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(self.device.type, True)
         if not available:
             return [f"DEVICE={self.device.type} is not available to this PyTorch ({torch.__version__}); use auto or cpu"]
         if self.device.type == "cuda" and self.local_rank >= torch.cuda.device_count():
             return [f"LOCAL_RANK={self.local_rank} has no GPU, this machine has {torch.cuda.device_count()}"]
-        if self.device.type == "mps" and self.world_size > 1:
-            return ["DEVICE=mps runs one process, WORLD_SIZE must be 1"]
-        return []
+        on_cuda = self.device.type == "cuda"
+        return [text for wrong, text in (
+            (self.device.type == "mps" and self.world_size > 1, "DEVICE=mps runs one process, WORLD_SIZE must be 1"),
+            (cfg.sdp_backend != "auto" and not on_cuda,
+             f"SDP_BACKEND={cfg.sdp_backend} is a kernel of cuda, the device is {self.device.type}; use auto"),
+            (cfg.sdp_backend in ("flash", "cudnn") and (cfg.window_size > 0 or self.dtype is torch.float32),
+             f"SDP_BACKEND={cfg.sdp_backend} takes neither WINDOW_SIZE's mask nor float32; use auto"),
+        ) if wrong]
 
     def start(self, sdp_backend: str) -> None:
         """Sets the global switches of the device and joins the process group."""
@@ -1627,8 +1633,8 @@ def evaluate_artifact(
     """Scores an artifact on the validation shards of the folder `data`. Raises DataError, ArtifactError, ConfigError."""
     cfg, problems = Config.parse({"DEVICE": device, "ENABLE_TORCH_COMPILE": "0"})
     rt = Runtime.from_config(cfg, {})
-    if problems or rt.problems():
-        raise ConfigError(problems + rt.problems())
+    if problems := problems + rt.problems(cfg):
+        raise ConfigError(problems)
     tok = Tokenizer(tokenizer)
     made_with = meta.get("tokenizer_sha256")
     if made_with is not None and made_with != tok.sha256:
@@ -1741,7 +1747,7 @@ def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
     """Everything that can be wrong before any work, reported together. Raises ConfigError."""
     cfg, problems = Config.parse(env)
     rt = Runtime.from_config(cfg, env)
-    problems += rt.problems()
+    problems += rt.problems(cfg)
     if not problems:
         problems += cfg.world_problems(rt.world_size)
     data, data_problems = load_data(cfg)

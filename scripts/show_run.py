@@ -28,7 +28,8 @@ def lines(summary: dict[str, Any], config: dict[str, Any], reference: dict[str, 
     rows += [
         ("artifact", f"{summary['artifact_bytes']:,} bytes, {summary['bits_per_weight']:.2f} bits a weight"),
         ("packed code", f"{summary['code_bytes']:,} bytes"),
-        ("total", f"{summary['total_bytes']:,} bytes of " + (f"{cap:,} ({summary['total_bytes'] / cap:.1%})" if cap else "no cap")),
+        ("total", f"{summary['total_bytes']:,} bytes of "
+         + (f"{cap:,} ({summary['total_bytes'] / cap:.1%})" if cap else "no cap")),
         ("parameters", f"{summary['params']:,}, {summary['step']} steps, {summary['train_tokens_seen']:,} tokens seen"),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("device", config["device"]),

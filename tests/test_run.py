@@ -113,7 +113,8 @@ def start(env: dict[str, str]) -> subprocess.Popen[str]:
 
 def bare_environment() -> dict[str, str]:
     """What a process needs to start, and no knob."""
-    return {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def wait_for_step(env: dict[str, str], step: int, process: subprocess.Popen[str]) -> None:
@@ -367,18 +368,25 @@ def test_the_micro_batch_changes_memory_and_not_the_losses(env, tokens):
         [5.562379, 5.771084, 5.903475, 5.955106, 5.90413, 5.744579], abs=3e-3)
 
 
+def torchrun(ranks: int, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run([*command, str(ROOT / "train_gpt.py")], env=bare_environment() | env, cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+
+
 def test_two_ranks_agree_with_one(env):
     env |= {"ITERATIONS": "6", "CHECKPOINT_EVERY": "4"}
     assert train_gpt.main(env) == 0
     two = env | {"RUN_ID": "two"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_gpt.py")]
-    done = subprocess.run(command, env=bare_environment() | two, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = torchrun(2, two)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [x for _, x in losses(two)] == pytest.approx([x for _, x in losses(env)], abs=1e-4)
     assert summary(two)["roundtrip"]["val_loss"] == pytest.approx(summary(env)["roundtrip"]["val_loss"], abs=1e-3)
     assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
-    three = subprocess.run(command[:-2] + ["--nproc_per_node=3", command[-1]], env=bare_environment() | two | {"RUN_ID": "three"},
-                           cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_world_size_that_does_not_fit_is_refused_once_with_those_that_do(env):
+    three = torchrun(3, env)
     assert three.returncode != 0
     assert three.stderr.count("WORLD_SIZE=3 does not divide the 8 micro-batches of a step; these do: 1, 2, 4, 8") == 1
 
@@ -387,12 +395,12 @@ def test_two_ranks_agree_with_one(env):
 
 
 def test_all_faults_are_reported_together_before_any_work(env, data, tmp_path, capsys):
-    bad = env | {"NUM_HEADS": "5", "TIE_EMBEDDINGS": "yes", "VAL_LOSS_EVRY": "3", "TOKENIZER_PATH": str(tmp_path / "no.model"),
-                 "DATA_PATH": str(tmp_path)}
+    bad = env | {"NUM_HEADS": "5", "TIE_EMBEDDINGS": "yes", "VAL_LOSS_EVRY": "3", "DATA_PATH": str(tmp_path),
+                 "TOKENIZER_PATH": str(tmp_path / "no.model")}
     assert train_gpt.main(bad) == 2
     error = capsys.readouterr().err
-    for part in ("MODEL_DIM=64 must be NUM_HEADS=5", "TIE_EMBEDDINGS must be 0 or 1, got 'yes'", "did you mean VAL_LOSS_EVERY",
-                 "no.model", "no fineweb_train_*.bin"):
+    for part in ("MODEL_DIM=64 must be NUM_HEADS=5", "TIE_EMBEDDINGS must be 0 or 1, got 'yes'",
+                 "did you mean VAL_LOSS_EVERY", "no.model", "no fineweb_train_*.bin"):
         assert part in error
     assert not (tmp_path / "run").exists()
 
@@ -425,3 +433,28 @@ def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tm
     found = json.loads((folder / "logs" / "run" / "summary.json").read_text())
     assert found["code_bytes"] == len(packed.encode()) == (folder / "train_gpt.py").stat().st_size
     assert found["roundtrip"] is not None
+
+
+# --- on a GPU (skipped without one) ---------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_the_loss_curve_on_cuda_is_the_baselines(env, compiled):
+    env |= {"DEVICE": "cuda", "ENABLE_TORCH_COMPILE": compiled, "WARMUP_STEPS": "2"}
+    assert train_gpt.main(env) == 0
+    assert [loss for _, loss in losses(env)][:20] == pytest.approx(BASELINE_BFLOAT16[:20], abs=3e-2)
+    assert summary(env)["roundtrip"]["val_bpb"] == pytest.approx(summary(env)["pre_roundtrip"]["val_bpb"], abs=0.05)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_cuda_the_window_trains_and_a_repeated_run_gives_the_same_artifact(env):
+    env |= {"DEVICE": "cuda", "WINDOW_SIZE": "24", "ITERATIONS": "5", "WARMDOWN_ITERS": "0"}
+    again = env | {"RUN_ID": "again"}
+    assert train_gpt.main(env) == train_gpt.main(again) == 0
+    assert losses(env) == losses(again)
+    assert (outputs(env) / "final_model.int8.ptz").read_bytes() == (outputs(again) / "final_model.int8.ptz").read_bytes()
