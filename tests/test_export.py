@@ -1,0 +1,687 @@
+"""Plan, quantiser, size prediction, checkpoints, code packing and the command line of export.py.
+
+Guarantees: the plan follows the baseline's rule in one deterministic order; codes and scales equal a slow plain
+quantiser's, are off by at most half a step, and scale with the weights; predicted sizes are within 2 %; checkpoints are
+told apart by content and never trusted; the packed submission runs alone. Run: python -m pytest tests/test_export.py
+"""
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import types
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+import export
+from export import ArtifactError, ExportOptions, PlanRow, dequantize, make_plan, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOOR = 1 / 127
+
+
+def normal(*shape: int, sigma: float = 1.0, seed: int = 0) -> Tensor:
+    return sigma * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Plan
+
+
+def test_every_fault_of_the_options_names_its_knob() -> None:
+    assert ExportOptions().problems() == []
+    assert ExportOptions("col", 0.0, 2, 16).problems() == []
+    assert ExportOptions("diag", -0.5, 9, 1).problems() == [
+        "INT8_AXIS_MODE must be row, col or auto, got 'diag'",
+        "INT8_SCALE_FLOOR must be in 0..1, got -0.5",
+        "WEIGHT_QUANTIZATION_BITS must be 2..8 or 16, got 9",
+        "EMBED_QUANTIZATION_BITS must be 2..8 or 16, got 1",
+    ]
+    assert ExportOptions(scale_floor=float("nan")).problems() == ["INT8_SCALE_FLOOR must be in 0..1, got nan"]
+    with pytest.raises(ValueError, match="INT8_AXIS_MODE must be row, col or auto, got 'diag'"):
+        make_plan({}, ExportOptions("diag"))
+
+
+def test_plan_follows_the_baselines_rule() -> None:
+    state = {
+        "tok_emb.weight": torch.zeros(1024, 65).bfloat16(),
+        "lm_head.weight": torch.zeros(65, 1024),
+        "blocks.0.attn.c_q.weight": torch.zeros(256, 256),
+        "blocks.0.attn.c_k.weight": torch.zeros(256, 257),
+        "blocks.0.attn.q_gain": torch.zeros(8),
+        "blocks.0.resid_mix": torch.zeros(2, 40_000),
+        "bias": torch.zeros(65_537),
+        "half": torch.zeros(3, dtype=torch.float16),
+        "double": torch.zeros(3, dtype=torch.float64),
+        "counter": torch.zeros((), dtype=torch.int64),
+    }
+    plan = make_plan(state, ExportOptions("col", 0.0, weight_bits=6, embed_bits=4))
+    assert [(r.name, r.dtype, r.codec, r.bits, r.axis) for r in plan] == [
+        ("bias", "float32", "int", 6, "row"),
+        ("blocks.0.attn.c_k.weight", "float32", "int", 6, "col"),
+        ("blocks.0.attn.c_q.weight", "float32", "f16", 16, "row"),
+        ("blocks.0.attn.q_gain", "float32", "f32", 32, "row"),
+        ("blocks.0.resid_mix", "float32", "f32", 32, "row"),
+        ("counter", "int64", "raw", 64, "row"),
+        ("double", "float64", "f16", 16, "row"),
+        ("half", "float16", "f16", 16, "row"),
+        ("lm_head.weight", "float32", "int", 4, "col"),
+        ("tok_emb.weight", "bfloat16", "int", 4, "col"),
+    ]
+    assert plan == make_plan(dict(reversed(state.items())), ExportOptions("col", 0.0, weight_bits=6, embed_bits=4))
+    kept = {r.name: (r.codec, r.bits) for r in make_plan(state, ExportOptions(weight_bits=16, embed_bits=8))}
+    assert kept["bias"] == ("f16", 16)
+    assert kept["tok_emb.weight"] == ("int", 8)
+
+
+def test_auto_takes_the_axis_with_the_smaller_error_and_rows_on_a_tie() -> None:
+    spread = normal(300, 300)
+    slope = torch.logspace(-2, 1, 300)
+    state = {"by_row": spread * slope[:, None], "by_col": spread * slope, "tie": torch.ones(300, 300),
+             "vector": normal(70_000)}
+    axes = {row.name: row.axis for row in make_plan(state, ExportOptions("auto", 0.0))}
+    assert axes == {"by_row": "row", "by_col": "col", "tie": "row", "vector": "row"}
+
+
+# Quantise
+
+
+def plain_quantize(rows: np.ndarray, bits: int, floor: float) -> tuple[list[list[int]], list[np.float16]]:
+    """One row at a time, one weight at a time, sorting for the percentile."""
+    q_max, codes, scales = 2 ** (bits - 1) - 1, [], []
+    for row in rows.astype(np.float32):
+        ordered = sorted(abs(row))
+        rank = np.float32(0.9999984) * np.float32(len(row) - 1)
+        low, high = ordered[int(rank)], ordered[min(int(rank) + 1, len(row) - 1)]
+        share = rank - np.float32(int(rank))
+        clip = high - (high - low) * (np.float32(1) - share) if share >= 0.5 else low + (high - low) * share
+        with np.errstate(over="ignore"):
+            scale = np.float16(max(clip / np.float32(q_max), np.float32(floor)))
+        scale = max(scale, np.float16(2**-24))
+        if clip > np.float32(q_max + 0.5) * np.float32(scale):
+            scale = np.nextafter(scale, np.float16(np.inf))
+        scales.append(scale)
+        clipped = [min(max(w, -clip), clip) / np.float32(scale) for w in row]
+        codes.append([min(max(round(float(w)), -q_max), q_max) for w in clipped])
+    return codes, scales
+
+
+AWKWARD: dict[str, Tensor] = {
+    "1x1": torch.tensor([[-0.3]]),
+    "primes": normal(13, 31),
+    "one row": normal(1, 101),
+    "one column": normal(101, 1),
+    "vector": normal(97),
+    "cube": normal(3, 5, 7),
+    "constant": torch.full((5, 7), 0.25),
+    "zero": torch.zeros(3, 5),
+    "some zero rows": normal(6, 9) * (torch.arange(6) % 2)[:, None],
+    "huge rows": normal(4, 19, sigma=1e5),
+    "tiny rows": normal(7, 23, sigma=1e-6),
+    "tiniest": torch.full((2, 3), 1e-9),
+    "subnormal steps": torch.logspace(-8, -2, 60)[:, None] * normal(60, 17),
+    "half a code beyond": torch.tensor([[15.5, -15.5, 3.0]]) * 2**-24,
+    "bf16": normal(11, 17).bfloat16(),
+    "fp16": normal(11, 17).half(),
+    "one outlier": torch.cat([normal(1, 700, sigma=1e-3), torch.tensor([[50.0]])], dim=1),
+    "ties": torch.arange(-254, 255).float()[None, :] / 2,
+}
+
+
+@pytest.mark.parametrize("floor", [0.0, FLOOR])
+@pytest.mark.parametrize("axis", ["row", "col"])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_quantiser_equals_the_plain_one(case: str, axis: str, floor: float) -> None:
+    w = AWKWARD[case]
+    rows = (w if axis == "row" else w.T) if w.ndim == 2 else w.reshape(1, -1)
+    for bits in (2, 5, 8):
+        codes, scale = quantize(w, bits, axis, floor)
+        want_codes, want_scale = plain_quantize(rows.float().numpy(), bits, floor)
+        got = codes.T if axis == "col" and w.ndim == 2 else codes.reshape(rows.shape)
+        assert codes.shape == w.shape
+        assert codes.dtype == torch.int8
+        assert codes.is_contiguous()
+        assert scale.dtype == torch.float16
+        assert scale.tolist() == [float(s) for s in want_scale]
+        assert got.tolist() == want_codes
+
+
+def test_quantising_a_tiny_matrix_by_hand() -> None:
+    w = torch.tensor([[7.0, -3.4, 0.4], [0.0, 0.0, 0.0], [-1.75, 0.9, 0.125]])
+    codes, scale = quantize(w, 4, "row", 0.0)       # steps 7 / 7, the least fp16, and 1.75 / 7
+    assert codes.tolist() == [[7, -3, 0], [0, 0, 0], [-7, 4, 0]]
+    assert scale.tolist() == [1.0, 2**-24, 0.25]
+    assert dequantize(codes, scale, "row").tolist() == [[7.0, -3.0, 0.0], [0.0, 0.0, 0.0], [-1.75, 1.0, 0.0]]
+    codes, scale = quantize(w, 4, "col", 0.5)       # steps 1, 0.5 (the floor; 3.4 / 7 is less), 0.5
+    assert codes.tolist() == [[7, -7, 1], [0, 0, 0], [-2, 2, 0]]
+    assert scale.tolist() == [1.0, 0.5, 0.5]
+    assert dequantize(codes, scale, "col")[2].tolist() == [-2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", [
+    (1, 1), (5, 1), (3, 2), (64, 512), (101, 509), (4000, 3), (1, 100_003), (2, 1_000_003),
+])
+def test_clip_is_torchs_quantile(shape: tuple[int, int]) -> None:
+    magnitudes = normal(*shape).abs()
+    assert torch.equal(export.clip_magnitude(magnitudes), torch.quantile(magnitudes, 0.9999984, dim=1))
+
+
+def test_what_lies_beyond_the_percentile_is_clipped_to_it() -> None:
+    w = torch.full((1_300_000,), 0.01)
+    w[5], w[7] = 0.9, -0.9
+    codes, scale = quantize(w, 8, "row", FLOOR)
+    assert int(codes.min()) == -1
+    assert int(codes.max()) == 1
+    assert scale.tolist() == [float(np.float16(FLOOR))]
+
+
+def test_codes_are_the_baselines_but_for_the_rounding_of_its_scale() -> None:
+    """The baseline rounds with the fp32 scale, then stores fp16; no other code may differ, and none by more than 1."""
+    w = torch.cat([normal(64, 512, sigma=s, seed=i) for i, s in enumerate((0.02, 0.3, 5.0))])
+    codes, scale = quantize(w, 8, "row", FLOOR)
+    clip = torch.quantile(w.abs(), 0.9999984, dim=1)
+    exact = (clip / 127).clamp_min(FLOOR)
+    clipped = torch.maximum(torch.minimum(w, clip[:, None]), -clip[:, None])
+    theirs = (clipped / exact[:, None]).round().clamp(-127, 127)
+    assert torch.equal(scale, exact.half())
+    quotient, drift = w / exact[:, None], (scale.float() / exact - 1).abs()[:, None]
+    near_a_tie = ((quotient - quotient.floor() - 0.5).abs() <= 1.01 * drift * quotient.abs() + 1e-4)
+    differs = codes != theirs.to(torch.int8)
+    assert bool((near_a_tie | ~differs).all())
+    assert 0 < int(differs.sum()) < 0.01 * w.numel()
+    assert float((codes.float() - theirs).abs().max()) == 1
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 9), cols=st.sampled_from([1, 2, 3, 7, 31, 127]), exponent=st.integers(-22, 14),
+       bits=st.integers(2, 8), axis=st.sampled_from(["row", "col"]), floor=st.sampled_from([0.0, FLOOR]),
+       seed=st.integers(0, 99))
+@example(rows=1, cols=1, exponent=-22, bits=8, axis="row", floor=0.0, seed=0)
+def test_error_is_at_most_half_a_step(
+    rows: int, cols: int, exponent: int, bits: int, axis: str, floor: float, seed: int
+) -> None:
+    w = normal(rows, cols, sigma=2.0**exponent, seed=seed)
+    codes, scale = quantize(w, bits, axis, floor)
+    error, lines = (w - dequantize(codes, scale, axis)).abs(), w.abs()
+    if axis == "col":
+        error, lines = error.T, lines.T
+    clip, half_step = export.clip_magnitude(lines)[:, None], scale.float()[:, None] * (0.5 + 1e-5)
+    assert bool((error <= half_step + (lines - clip).clamp_min(0)).all())      # beyond the clip: what was clipped off
+    assert float(scale.min()) > 0
+    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
+
+
+@pytest.mark.parametrize("gamma", [2.0**-6, 0.5, 8.0, 1024.0])
+@pytest.mark.parametrize("axis", ["row", "col"])
+def test_without_a_floor_scaling_the_weights_scales_the_steps_alone(gamma: float, axis: str) -> None:
+    w = normal(37, 53, sigma=0.3)
+    codes, scale = quantize(w, 6, axis, 0.0)
+    scaled_codes, scaled = quantize(gamma * w, 6, axis, 0.0)
+    assert torch.equal(codes, scaled_codes)
+    assert torch.equal(scaled.float(), gamma * scale.float())
+    assert not torch.equal(codes, quantize(w / 64, 6, axis, FLOOR)[0])
+
+
+def test_report_tells_error_and_floored_share() -> None:
+    w = torch.cat([normal(100, 700, sigma=0.01), normal(300, 700, sigma=2.0)])
+    _, report = export.encode_artifact({"w": w, "gain": torch.ones(9)}, {}, ExportOptions())
+    restored = dequantize(*quantize(w, 8, "row", FLOOR), "row")
+    assert report.floored_share == pytest.approx(0.25)
+    assert report.weights == 400 * 700 + 9
+    assert report.rms_error == pytest.approx(float((w - restored).norm() / w.norm()), rel=1e-4)
+    assert report.bits_per_weight == pytest.approx(8 * report.total_bytes / report.weights)
+    assert export.encode_artifact({"w": w}, {}, ExportOptions(scale_floor=0.0))[1].floored_share == 0
+
+
+# Prediction
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("axis_mode", ["row", "col"])
+def test_prediction_is_within_2_percent(bits: int, axis_mode: str) -> None:
+    wide = {"tok_emb.weight": (1024, 128), "blocks.0.mlp.fc.weight": (1024, 512), "blocks.0.mlp.proj.weight": (96, 768)}
+    tall = {"w": (8192, 24)}
+    small = {"tok_emb.weight": (257, 256), "blocks.0.attn_scale": (256,), "head": (8, 64)}
+    options = ExportOptions(axis_mode, 0.0, weight_bits=bits, embed_bits=bits)
+    for shapes in (wide, small, tall):
+        state = {name: normal(*shape, sigma=0.1 * (i + 1), seed=i) for i, (name, shape) in enumerate(shapes.items())}
+        meta = {"model": {f"a_knob_named_{i}": i * i for i in range(40)}}
+        true_bytes = export.encode_artifact(state, meta, options)[1].total_bytes
+        assert export.predict_artifact_bytes(shapes, options) == pytest.approx(true_bytes, rel=0.02)
+
+
+def test_prediction_counts_fp16_and_knows_that_a_floor_shrinks_untrained_models() -> None:
+    state = {"w": normal(512, 512, sigma=0.02)}
+    for options, holds in ((ExportOptions(weight_bits=16), lambda p, t: p == pytest.approx(t, rel=0.06)),
+                           (ExportOptions(), lambda p, t: p > 1.5 * t)):
+        true_bytes = export.encode_artifact(state, {}, options)[1].total_bytes
+        assert holds(export.predict_artifact_bytes({"w": (512, 512)}, options), true_bytes)
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.25, 0.125, 0.125], [0.9, 0.1], [0.4, 0.3, 0.2, 0.1]])
+def test_huffman_bits(shares: list[float]) -> None:
+    lengths = {4: [1, 2, 3, 3], 2: [1, 1]}[len(shares)]
+    assert export.huffman_bits(np.array(shares)) == pytest.approx(np.dot(shares, lengths))
+
+
+# Saving
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    export.save_artifact(path, {"w": torch.ones(3)}, {}, ExportOptions())
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match="tensor w: found a value that is not finite"):
+        export.save_artifact(path, {"w": torch.tensor([float("nan")])}, {}, ExportOptions())
+
+    def refuse(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk full"):
+        export.save_artifact(path, {"w": torch.zeros(3)}, {}, ExportOptions())
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_saving_never_moves_or_changes_the_weights(tmp_path: Path) -> None:
+    state = {"w": torch.nn.Parameter(normal(300, 300)), "h": normal(5, 3).T}
+    copies = {name: tensor.detach().clone() for name, tensor in state.items()}
+    report = export.save_artifact(tmp_path / "model", state, {"a": 1}, ExportOptions())
+    artifact = export.load_artifact(tmp_path / "model")
+    assert all(torch.equal(state[name], copy) for name, copy in copies.items())
+    assert report.total_bytes == (tmp_path / "model").stat().st_size
+    assert artifact.meta == {"a": 1}
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in artifact.state.values())
+
+
+# Checkpoints
+
+
+def baseline_dict() -> dict[str, Any]:
+    """What the challenge's trainer pickles: codes, scales and dtypes beside what it keeps."""
+    return {
+        "__quant_format__": "int8_clean_per_row_v1",
+        "quantized": {"tok_emb.weight": torch.tensor([[1, -2], [3, 127]], dtype=torch.int8),
+                      "bias": torch.tensor([5, -5], dtype=torch.int8)},
+        "scales": {"tok_emb.weight": torch.tensor([0.5, 0.25]).half(), "bias": torch.tensor(0.1)},
+        "dtypes": {"tok_emb.weight": "bfloat16", "bias": "float32"},
+        "passthrough": {"q_gain": torch.tensor([1.5]), "small": torch.tensor([0.1]).half(), "n": torch.tensor(7)},
+        "qmeta": {"tok_emb.weight": {"scheme": "per_row", "axis": 0}},
+        "passthrough_orig_dtypes": {"small": "float32"},
+    }
+
+
+def saved(obj: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    return buffer.getvalue()
+
+
+def test_checkpoints_are_told_apart_by_content(tmp_path: Path) -> None:
+    path, state = tmp_path / "misleading.txt", {"w": normal(3, 4).bfloat16(), "n": torch.tensor([3])}
+
+    def read() -> tuple[dict[str, Tensor], Any]:
+        return export.read_checkpoint(path)
+
+    path.write_bytes(saved(state))
+    assert read()[1] is None
+    assert torch.equal(read()[0]["w"], state["w"])
+    assert torch.equal(read()[0]["n"], state["n"])
+    save_file(state, path)
+    assert read()[1] is None
+    assert torch.equal(read()[0]["w"], state["w"])
+    save_file({"model.w": state["w"], "optimizer.w": normal(2), "rng": torch.ones(1)}, path,
+              {"artifact_meta": '{"a": 1}'})
+    assert read()[1] == {"a": 1}
+    assert list(read()[0]) == ["w"]
+    assert torch.equal(read()[0]["w"], state["w"])
+    for level in (1, 6, 9):
+        path.write_bytes(zlib.compress(saved(baseline_dict()), level))
+        loaded, meta = read()
+        assert meta is None
+        assert loaded.keys() == {"tok_emb.weight", "bias", "q_gain", "small", "n"}
+        assert loaded["tok_emb.weight"].dtype == torch.bfloat16
+        assert loaded["tok_emb.weight"].tolist() == [[0.5, -1.0], [0.75, 31.75]]
+        assert torch.equal(loaded["bias"], torch.tensor([5.0, -5.0]) * 0.1)
+        assert torch.equal(loaded["small"], torch.tensor([0.1]).half().float())
+        assert loaded["n"].dtype == torch.int64
+
+
+def changed(**parts: Any) -> bytes:
+    return zlib.compress(saved({**baseline_dict(), **parts}))
+
+
+def safetensors_with(meta: str) -> bytes:
+    header = json.dumps({"__metadata__": {"artifact_meta": meta}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+class Evil:
+    """Unpickles into a call, where unpickling may call."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pickle-ran",)
+
+
+DENSE = "checkpoint tensor 'w' at byte 0: found a Tensor, expected a dense tensor"
+BAD_CHECKPOINTS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"",
+              "checkpoint at byte 0: found b'', expected a safetensors file, a PyTorch zip or a zlib stream"),
+    "text": (lambda: b"hello world", "checkpoint at byte 0: found b'hello wor', expected a safetensors file"),
+    "artifact": (lambda: export.encode_artifact({}, {}, ExportOptions())[0], "checkpoint at byte 0: found b'ANLM"),
+    "evil": (lambda: saved({"w": Evil()}), "checkpoint at byte 0: found UnpicklingError"),
+    "list": (lambda: saved([torch.ones(1)]), "checkpoint at byte 0: found a list, expected a dict of named tensors"),
+    "numbers": (lambda: saved({1: torch.ones(1)}), "checkpoint at byte 0: found a dict, expected a dict of named"),
+    "no tensor": (lambda: saved({"w": 1.5}), "checkpoint tensor 'w' at byte 0: found a float, expected a dense tensor"),
+    "sparse": (lambda: saved({"w": torch.eye(2).to_sparse()}), DENSE),
+    "meta device": (lambda: saved({"w": torch.empty(3, device="meta")}), DENSE),
+    "zero strides": (lambda: saved({"w": torch.zeros(1).expand(2**20, 2**20)}),
+                     f"checkpoint at byte 0: found {2**42} bytes of tensors, expected at most {2**30}"),
+    "zlib cut": (lambda: zlib.compress(saved(baseline_dict()))[:-9], "checkpoint at byte 0: found no end at its"),
+    "zlib trailing": (lambda: zlib.compress(saved(baseline_dict())) + b"x", "checkpoint at byte 0: found no end at"),
+    "zlib of text": (lambda: zlib.compress(b"text"), "checkpoint at byte 0: found BadZipFile"),
+    "no format": (lambda: zlib.compress(saved({"w": torch.ones(1)})),
+                  "checkpoint __quant_format__ at byte 0: found None, expected int8_clean_per_row_v1"),
+    "no scales": (lambda: changed(scales={}), "checkpoint at byte 0: found tensors without scales or dtype"),
+    "no codes": (lambda: changed(quantized=None), "checkpoint at byte 0: found a NoneType"),
+    "dtype": (lambda: changed(dtypes={"tok_emb.weight": "Storage", "bias": "float32"}),
+              "checkpoint dtypes at byte 0: found ['Storage']"),
+    "dtypes": (lambda: changed(dtypes=3), "checkpoint at byte 0: found TypeError"),
+    "scale shape": (lambda: changed(scales={"tok_emb.weight": torch.ones(3), "bias": torch.tensor(1.0)}),
+                    "checkpoint tensor 'tok_emb.weight' at byte 0: found torch.int8, scales (3,)"),
+    "code dtype": (lambda: changed(quantized={"tok_emb.weight": torch.ones(2, 2), "bias": torch.ones(1)}),
+                   "checkpoint tensor 'tok_emb.weight' at byte 0: found torch.float32"),
+    "safetensors cut": (lambda: (100).to_bytes(8, "little") + b"{}", "checkpoint at byte 0: found SafetensorError"),
+    "meta list": (lambda: safetensors_with("[1]"), "checkpoint artifact_meta: found a list, expected a JSON"),
+    "meta cut": (lambda: safetensors_with('{"a":'), "checkpoint artifact_meta: found JSONDecodeError"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CHECKPOINTS)
+def test_bad_checkpoint_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, want = BAD_CHECKPOINTS[case]
+    path = tmp_path / "checkpoint"
+    path.write_bytes(make())
+    with pytest.raises(ArtifactError) as caught:
+        export.read_checkpoint(path)
+    assert str(caught.value).startswith(f"artifact: {want}"), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_zlib_and_zip_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MAX_RAW_BYTES", 2**16)
+    (tmp_path / "zlib").write_bytes(zlib.compress(bytes(2**20)))
+    with pytest.raises(ArtifactError, match="found no end at its 65536 bytes, expected a zlib stream of below 65536"):
+        export.read_checkpoint(tmp_path / "zlib")
+    for method, copies in ((zipfile.ZIP_DEFLATED, 1), (zipfile.ZIP_STORED, 50)):      # 50 entries of the same bytes
+        with zipfile.ZipFile(tmp_path / "zip", "w", method) as archive:
+            archive.writestr("archive/data.pkl", bytes(2**20))
+            archive.filelist *= copies
+        with pytest.raises(ArtifactError, match="found a compressed archive, expected stored entries"):
+            export.read_checkpoint(tmp_path / "zip")
+
+
+@pytest.mark.parametrize("kind", ["pt", "ptz", "safetensors"])
+def test_mutated_checkpoints_raise_nothing_else(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    if kind == "safetensors":
+        save_file({"w": normal(3, 4)}, path, {"artifact_meta": '{"a":1}'})
+        data = path.read_bytes()
+    else:
+        data = zlib.compress(saved(baseline_dict()), 0) if kind == "ptz" else saved({"w": normal(3, 4)})
+    rng, refused = random.Random(0), 0
+    for i in range(400):
+        damaged = bytearray(data if i % 4 else data[:rng.randrange(len(data))])
+        for _ in range(min(len(damaged), rng.randint(1, 3))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            state, _ = export.read_checkpoint(path)
+            assert all(isinstance(tensor, Tensor) for tensor in state.values())
+        except ArtifactError:
+            refused += 1
+    assert refused > 100
+
+
+# Code size
+
+FAKE_EXPORT = '''"""A docstring that costs nothing."""
+from dataclasses import dataclass
+# a comment
+@dataclass
+class Thing:
+    """Another docstring."""
+    x: int = 1  # and a comment
+def boom():
+    """Only a docstring before the fault."""
+    raise KeyError("boom")
+def silent():
+    """Nothing else."""
+'''
+FAKE_TRAIN = '''"""The program."""
+from __future__ import annotations
+import inspect, sys
+import export
+from export import Thing
+def main():
+    assert sys.modules["export"] is export and export.Thing is Thing and export.silent() is None
+    assert __name__ == "__main__" and sys.modules["train_gpt"] is sys.modules["__main__"]
+    print(export.__file__ == __file__, inspect.getsource(export.boom).strip().splitlines()[-1].strip())
+    print(inspect.getsource(main).splitlines()[0], sys.argv[1:])
+    export.boom()
+if __name__ == "__main__":
+    from train_gpt import main as again
+    assert again is main
+    again()
+'''
+
+
+def run_alone(path: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, path.name, *args], cwd=path.parent, env={}, text=True, capture_output=True)
+
+
+def test_packed_file_runs_alone_and_shows_its_source_in_tracebacks(tmp_path: Path) -> None:
+    packed = export.pack_code({"train_gpt.py": FAKE_TRAIN, "export.py": FAKE_EXPORT})
+    assert packed == export.pack_code({"export": FAKE_EXPORT, "train_gpt": FAKE_TRAIN})
+    path = tmp_path / "submission.py"
+    path.write_text(packed)
+    run = run_alone(path, "--flag")
+    assert run.stdout.splitlines() == ["True raise KeyError('boom')", "def main(): ['--flag']"]
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "KeyError: 'boom'"
+    assert "export.boom()" in run.stderr
+    assert "raise KeyError('boom')" in run.stderr
+    assert os.listdir(tmp_path) == ["submission.py"]
+
+
+def test_packed_bytes_are_those_of_the_file_that_ships(tmp_path: Path) -> None:
+    for name, source in (("train_gpt.py", FAKE_TRAIN), ("export.py", FAKE_EXPORT)):
+        (tmp_path / name).write_text(source)
+    paths = [tmp_path / "train_gpt.py", tmp_path / "export.py"]
+    size = export.packed_code_bytes(paths)
+    packed = tmp_path / "packed.py"
+    packed.write_text(export.pack_code({"train_gpt": FAKE_TRAIN, "export": FAKE_EXPORT}))
+    assert size == packed.stat().st_size == export.packed_code_bytes([packed, packed])
+    paths[1].write_text(FAKE_EXPORT + "# " + "noise " * 500 + "\n")
+    assert export.packed_code_bytes(paths) == size
+    paths[1].write_text(FAKE_EXPORT + "TABLE = " + repr(random.Random(0).sample(range(10**6), 200)) + "\n")
+    assert export.packed_code_bytes(paths) > size + 300
+    with pytest.raises(ValueError, match="packing needs train_gpt, got export"):
+        export.pack_code({"export": FAKE_EXPORT})
+
+
+def test_the_exporter_works_when_packed(tmp_path: Path) -> None:
+    golden = ROOT / "tests" / "data" / "golden_v1.anlm"
+    program = "import sys, export\nprint(len(export.load_artifact(sys.argv[1]).state))\nprint(export.__doc__)\n"
+    sources = {"train_gpt": program, "export": Path(export.__file__).read_text()}
+    (tmp_path / "train_gpt.py").write_text(export.pack_code(sources))
+    run = run_alone(tmp_path / "train_gpt.py", str(golden))
+    assert (run.stdout.splitlines(), run.stderr) == (["6", "None"], "")
+
+
+# Command line
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """Stands in for train_gpt, which the exporter may only reach for from here."""
+    calls = types.SimpleNamespace(knobs=None, evaluated=None)
+    fake = types.ModuleType("train_gpt")
+
+    def meta_from_state(state: dict[str, Tensor], overrides: dict[str, str]) -> dict[str, Any]:
+        calls.knobs = overrides
+        return {"model": {"tensors": len(state)}}
+
+    def evaluate_artifact(state: dict[str, Tensor], meta: dict[str, Any], **arguments: Any) -> types.SimpleNamespace:
+        calls.evaluated = (sorted(state), meta, arguments)
+        return types.SimpleNamespace(val_loss=2.0726993, val_bpb=1.22761234567, tokens=9, bytes=21, seconds=1.4)
+
+    vars(fake).update(meta_from_state=meta_from_state, evaluate_artifact=evaluate_artifact)
+    monkeypatch.setitem(sys.modules, "train_gpt", fake)
+    return calls
+
+
+def checkpoint(folder: Path) -> Path:
+    path = folder / "ours.safetensors"
+    save_file({"model.w": normal(300, 301), "model.q_gain": torch.ones(8)}, path, {"artifact_meta": '{"a": 1}'})
+    return path
+
+
+def test_write_inspect_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = checkpoint(tmp_path), tmp_path / "model"
+    assert export.main(["write", str(source), "-o", str(target), "--weight-bits", "6", "--axis-mode", "auto"]) == 0
+    size = target.stat().st_size
+    assert capsys.readouterr().out.startswith(f"wrote:{target} total_bytes:{size} bits_per_weight:")
+    assert export.main(["inspect", str(target)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(table) if line.endswith("part"))
+    parts = [int(line.split()[0]) for line in table[start + 1:]]
+    assert sum(parts[:-1]) == parts[-1] == size
+    assert table[0] == 'meta: {"a": 1}'
+    assert any(line.split() == ["int", "6", "row", "float32", "300x301", "w"] for line in table)
+    assert export.main(["inspect", str(target), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sum(report["parts"].values()) == report["total_bytes"] == size
+    assert report["meta"] == {"a": 1}
+    assert [row["bits"] for row in report["plan"]] == [32, 6]
+    assert export.main(["verify", str(target), str(source)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "equal   q_gain rms_error:0.000000 max_error:0"
+    assert out[-1] == "tensors:2 differing:0"
+    assert out[1].startswith("equal   w rms_error:0.029")
+
+
+def test_verify_finds_every_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target, other = checkpoint(tmp_path), tmp_path / "model", tmp_path / "other"
+    export.main(["write", str(source), "-o", str(target)])
+    state = {"w": normal(300, 301), "q_gain": torch.ones(8)}
+    nudged = state["w"].clone()
+    nudged[7, 7] += 1.0
+    zeros = torch.ones(8).double()
+    for change, line in (
+        ({"w": nudged}, "differs w rms_error:"),
+        ({"q_gain": zeros}, "differs q_gain torch.float32 (8,), in the checkpoint torch.float64 (8,)"),
+        ({"w": state["w"][:, :300].contiguous()}, "differs w torch.float32 (300, 301), in the checkpoint torch."),
+        ({"extra": torch.ones(1)}, "differs extra only in the checkpoint"),
+    ):
+        save_file({**state, **change}, other)
+        assert export.main(["verify", str(target), str(other)]) == 1
+        out = capsys.readouterr().out
+        assert line in out
+        assert out.endswith("differing:1\n")
+    save_file({"w": state["w"]}, other)
+    assert export.main(["verify", str(target), str(other)]) == 1
+    assert "differs q_gain only in the file" in capsys.readouterr().out
+
+
+def test_challenge_checkpoints_get_their_meta_from_the_trainer(tmp_path: Path, trainer: types.SimpleNamespace) -> None:
+    source, target = tmp_path / "final_model.pt", tmp_path / "model"
+    source.write_bytes(saved({"w": normal(300, 300)}))
+    knobs = ["--knob", "ROPE_BASE=5000", "--knob", "NOTE=a=b"]
+    assert export.main(["write", str(source), "-o", str(target), *knobs]) == 0
+    assert trainer.knobs == {"ROPE_BASE": "5000", "NOTE": "a=b"}
+    assert export.load_artifact(target).meta == {"model": {"tensors": 1}}
+
+
+def test_eval_prints_the_challenges_lines(
+    tmp_path: Path, trainer: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export.save_artifact(tmp_path / "model", {"w": torch.ones(2)}, {"a": 1}, ExportOptions())
+    arguments = ["--data", "d", "--tokenizer", "t", "--max-tokens", "99"]
+    assert export.main(["eval", str(tmp_path / "model"), *arguments]) == 0
+    assert trainer.evaluated == (["w"], {"a": 1}, {"data": "d", "tokenizer": "t", "device": "auto", "max_tokens": 99,
+                                                   "batch_tokens": 65_536})
+    assert capsys.readouterr().out.splitlines() == [
+        "final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2276 eval_time:1400ms",
+        "final_int8_zlib_roundtrip_exact val_loss:2.07269930 val_bpb:1.22761235",
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["write", "{ours}", "-o", "{out}", "--weight-bits", "9", "--axis-mode", "x"],
+     "INT8_AXIS_MODE must be row, col or auto, got 'x'; WEIGHT_QUANTIZATION_BITS must be 2..8 or 16, got 9"),
+    (["write", "{ours}", "-o", "{out}", "--knob", "ROPE"], "--knob must be NAME=VALUE, got 'ROPE'"),
+    (["write", "{ours}", "-o", "{out}", "--knob", "A=1"], "carries its configuration, which --knob A cannot change"),
+    (["write", "{nan}", "-o", "{out}"], "artifact: tensor w: found a value that is not finite"),
+    (["write", "{missing}", "-o", "{out}"], "No such file or directory"),
+    (["write", "{ours}", "-o", "{missing}/out"], "No such file or directory"),
+    (["write", "{text}", "-o", "{out}"], "artifact: checkpoint at byte 0: found b'text'"),
+    (["inspect", "{text}"], "artifact: magic at byte 0: found b'text', expected b'ANLM'"),
+    (["inspect", "{missing}"], "No such file or directory"),
+    (["verify", "{text}", "{ours}"], "artifact: magic at byte 0"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path).rename(tmp_path / "ours")
+    save_file({"w": torch.tensor([float("nan")])}, tmp_path / "nan", {"artifact_meta": "{}"})
+    (tmp_path / "text").write_text("text")
+    before = sorted(os.listdir(tmp_path))
+    paths = {name: str(tmp_path / name) for name in ("ours", "nan", "text", "missing", "out")}
+    assert export.main([argument.format(**paths) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"export.py {arguments[0]}: ")
+    assert message in captured.err
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["write"], ["nonsense"], ["write", "x", "-o", "y", "--weight-bits", "six"]])
+def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        export.main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_script_itself_reports_a_damaged_file(tmp_path: Path) -> None:
+    """Run as a script the module enters itself by name; were ArtifactError two classes, this would be a traceback."""
+    (tmp_path / "damaged").write_bytes((ROOT / "tests" / "data" / "golden_v1.anlm").read_bytes()[:-1])
+    command = [sys.executable, "export.py", "inspect", str(tmp_path / "damaged")]
+    run = subprocess.run(command, cwd=ROOT, env={}, text=True, capture_output=True)
+    want = "export.py inspect: artifact: file at byte 1575: found its end, expected 1576 bytes\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", want)
+
+
+def test_a_plan_that_is_not_the_states_is_a_bug() -> None:
+    plan = make_plan({"w": torch.ones(2)}, ExportOptions())
+    for wrong in ((), (*plan, replace(plan[0], name="x")), (PlanRow("v", (2,), "float32", "f16", 16, "row"),)):
+        with pytest.raises(AssertionError, match="exactly the state's tensors"):
+            export.encode_plan({"w": torch.ones(2)}, {}, wrong, 0.0)
