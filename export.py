@@ -601,8 +601,13 @@ def save_artifact(
 ) -> SizeReport:
     """Write the file, whole or not at all."""
     data, report = encode_artifact(state, meta, options)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_atomically(Path(path), data)
+    return report
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file holds all of `data` or is what it was: temporary name, flush to disk, rename."""
+    temporary = path.with_name(path.name + ".tmp")   # a killed write is overwritten by the next
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -611,7 +616,6 @@ def save_artifact(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return report
 
 
 def load_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -816,21 +820,33 @@ class OneLineParser(argparse.ArgumentParser):
 
 def write_verb(args: argparse.Namespace) -> int:
     options = ExportOptions(args.axis_mode, args.scale_floor, args.weight_bits, args.embed_bits)
-    malformed = [f"--knob must be NAME=VALUE, got {knob!r}" for knob in args.knob if "=" not in knob]
-    if faults := options.problems() + malformed:
+    if faults := options.problems():
         raise ValueError("; ".join(faults))
-    knobs = dict(knob.split("=", 1) for knob in args.knob)
-    state, meta = read_checkpoint(args.checkpoint)
-    if meta is None:
-        import train_gpt
-
-        meta = train_gpt.meta_from_state(state, knobs)
-    elif knobs:
-        raise ValueError(f"{args.checkpoint} carries its configuration, which --knob {', '.join(knobs)} cannot change")
+    state, meta = read_with_meta(args.checkpoint, args.knob)
     report = save_artifact(args.output, state, meta, options)
     print(f"wrote:{args.output} total_bytes:{report.total_bytes} bits_per_weight:{report.bits_per_weight:.4f} "
           f"rms_error:{report.rms_error:.6f} floored_share:{report.floored_share:.4f}")
     return 0
+
+
+def read_with_meta(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, meta) of an artifact or of any checkpoint; `knobs` (NAME=VALUE) complete one that comes without meta."""
+    if malformed := [knob for knob in knobs if "=" not in knob]:
+        raise ValueError(f"--knob must be NAME=VALUE, got {', '.join(malformed)}")
+    with open(path, "rb") as file:
+        is_artifact = file.read(len(MAGIC)) == MAGIC
+    if is_artifact:
+        artifact = load_artifact(path)
+        state, meta = artifact.state, artifact.meta
+    else:
+        state, meta = read_checkpoint(path)
+    if meta is None:
+        import train_gpt
+
+        return state, train_gpt.meta_from_state(state, dict(knob.split("=", 1) for knob in knobs))
+    if knobs:
+        raise ValueError(f"{path} carries its configuration, which --knob {', '.join(knobs)} cannot change")
+    return state, meta
 
 
 def inspect_verb(args: argparse.Namespace) -> int:
@@ -855,9 +871,9 @@ def inspect_verb(args: argparse.Namespace) -> int:
 def eval_verb(args: argparse.Namespace) -> int:
     import train_gpt
 
-    artifact = load_artifact(args.file)
-    result = train_gpt.evaluate_artifact(artifact.state, artifact.meta, data=args.data, tokenizer=args.tokenizer,
-                                         device=args.device, max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
+    state, meta = read_with_meta(args.file, args.knob)
+    result = train_gpt.evaluate_artifact(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
+                                         max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
     name = "final_int8_zlib_roundtrip"
     print(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms")
     print(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
@@ -896,7 +912,7 @@ def command_line() -> argparse.ArgumentParser:
     write, inspect, evaluate, verify = (verbs.add_parser(name, help=text) for name, text in (
         ("write", "quantise and compress a checkpoint"),
         ("inspect", "print the plan and the bytes of every part"),
-        ("eval", "validate the model in the file"),
+        ("eval", "validate the model in an artifact or a checkpoint"),
         ("verify", "compare the file with its checkpoint, tensor by tensor"),
     ))
     write.set_defaults(run=write_verb)
@@ -906,7 +922,8 @@ def command_line() -> argparse.ArgumentParser:
     write.add_argument("--scale-floor", type=float, default=defaults.scale_floor)
     write.add_argument("--weight-bits", type=int, default=defaults.weight_bits)
     write.add_argument("--embed-bits", type=int, default=defaults.embed_bits)
-    write.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
+    for verb in (write, evaluate):
+        verb.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
     inspect.set_defaults(run=inspect_verb)
     inspect.add_argument("file")
     inspect.add_argument("--json", action="store_true")

@@ -55,6 +55,7 @@ from export import (
     packed_code_bytes,
     predict_artifact_bytes,
     save_artifact,
+    write_atomically,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,19 +470,6 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
         precision = str(self.dtype).removeprefix("torch.")
         return f"device:{self.device} ({name}) world_size:{self.world_size} dtype:{precision} compile:{self.compiled}"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file holds all of `data` or is untouched: temporary name, flush to disk, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -1272,11 +1260,12 @@ class Clock:
     """Training time in ms: runs between `resume` and `pause`, waiting for the device at both ends."""
 
     def __init__(self, rt: Runtime):
-        self.rt, self.total_ms, self.t0 = rt, 0.0, None
+        self.rt, self.total_ms = rt, 0.0
+        self.t0: float | None = None   # perf_counter seconds while running
 
     def resume(self) -> None:
         self.rt.synchronize()
-        self.t0: float | None = time.perf_counter()
+        self.t0 = time.perf_counter()
 
     def pause(self) -> None:
         self.rt.synchronize()

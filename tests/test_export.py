@@ -636,8 +636,8 @@ def test_eval_prints_the_challenges_lines(
 @pytest.mark.parametrize(("arguments", "message"), [
     (["write", "{ours}", "-o", "{out}", "--weight-bits", "9", "--axis-mode", "x"],
      "INT8_AXIS_MODE must be row, col or auto, got 'x'; WEIGHT_QUANTIZATION_BITS must be 2..8 or 16, got 9"),
-    (["write", "{ours}", "-o", "{out}", "--knob", "ROPE"], "--knob must be NAME=VALUE, got 'ROPE'"),
-    (["write", "{ours}", "-o", "{out}", "--knob", "A=1"], "carries its configuration, which --knob A cannot change"),
+    (["write", "{ours}", "-o", "{out}", "--knob", "ROPE"], "--knob must be NAME=VALUE, got ROPE"),
+    (["write", "{ours}", "-o", "{out}", "--knob", "A=1"], "carries its configuration, which --knob A=1 cannot change"),
     (["write", "{nan}", "-o", "{out}"], "artifact: tensor w: found a value that is not finite"),
     (["write", "{missing}", "-o", "{out}"], "No such file or directory"),
     (["write", "{ours}", "-o", "{missing}/out"], "No such file or directory"),

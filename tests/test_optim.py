@@ -307,10 +307,15 @@ def test_gradient_clipping_limits_the_step(tiny_env: dict[str, str]) -> None:
 
 def test_warm_up_leaves_no_trace(tiny_env: dict[str, str]) -> None:
     """Weights, optimiser state, loader and generator are as before: the steps after it are bit for bit those without."""
+    def draw(*_: object) -> None:
+        torch.rand(1)      # as a network with dropout would
+
     results = []
     for steps in ("0", "3"):
         job = build_job(tiny_env | {"WARMUP_STEPS": steps})
+        hook = job.model.register_forward_pre_hook(draw)
         warm_up(job)
+        hook.remove()
         results.append(([train_step(job, 1.0, 0.9).item() for _ in range(2)], torch.rand(3).tolist(), weights_of(job)))
     (plain_losses, plain_random, plain_weights), (losses, random, weights) = results
     assert (losses, random) == (plain_losses, plain_random)

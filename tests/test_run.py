@@ -9,6 +9,7 @@ seed, shards, knobs and micro-batches; its data is the formula in `formula_token
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +236,33 @@ def test_the_challenges_own_checkpoints_can_be_written_and_scored(env, tmp_path)
     theirs = export.load_artifact(tmp_path / "a.ptz")
     assert theirs.meta["model"] == ours.meta["model"]
     assert all(torch.equal(t, theirs.state[name]) for name, t in ours.state.items())
+
+
+def test_the_challenges_int8_artifact_is_scored_as_it_is(env, tmp_path, capsys):
+    """A dict of int8 codes and scales under torch.save and zlib, as the baseline's trainer leaves it."""
+    env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1", "MODEL_DIM": "256", "NUM_LAYERS": "2"}
+    assert train_gpt.main(env) == 0
+    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
+    large = {name: export.quantize(t, 8, "row", 1 / 127) for name, t in state.items() if t.numel() > 65_536}
+    small = {name: t.half() if t.ndim == 2 and "resid_mix" not in name else t for name, t in state.items()}
+    kept = {name: t for name, t in small.items() if name not in large}
+    packed = {
+        "__quant_format__": "int8_clean_per_row_v1", "quantized": {name: codes for name, (codes, _) in large.items()},
+        "scales": {name: scale for name, (_, scale) in large.items()}, "dtypes": dict.fromkeys(large, "float32"),
+        "passthrough": kept, "qmeta": {name: {"scheme": "per_row", "axis": 0} for name in large},
+        "passthrough_orig_dtypes": {name: "float32" for name, t in kept.items() if t.dtype is torch.float16},
+    }
+    buffer = io.BytesIO()
+    torch.save(packed, buffer)
+    theirs = tmp_path / "theirs.int8.ptz"
+    theirs.write_bytes(zlib.compress(buffer.getvalue(), 9))
+    capsys.readouterr()
+    assert large
+    knobs = ["--knob", "TRAIN_SEQ_LEN=64", "--knob", "TRAIN_BATCH_TOKENS=2048"]
+    assert export.main(["eval", str(theirs), "--data", env["DATA_PATH"], "--tokenizer", env["TOKENIZER_PATH"],
+                        "--device", "cpu", *knobs]) == 0
+    scored = re.search(r"_exact val_loss:(\S+)", capsys.readouterr().out)[1]
+    assert float(scored) == pytest.approx(summary(env)["roundtrip"]["val_loss"], abs=1e-4)
 
 
 # --- stopping and going on ----------------------------------------------------------------------------------------------
