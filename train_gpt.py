@@ -289,7 +289,10 @@ class Config(ModelShape):
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
             found.append(f"RUN_ID must be a plain folder name, got {self.run_id!r}")
-        return found + ([] if found else self.batch_problems())
+        if self.seed >= 2**63:
+            found.append(f"SEED must be below 2^63, got {self.seed}")
+        sizes = self.train_batch_tokens, self.train_seq_len, self.val_batch_size
+        return found + (self.batch_problems() if min(sizes) >= 1 and self.micro_batch_tokens >= 0 else [])
 
     def batch_problems(self) -> list[str]:
         span = SPANS_PER_STEP * self.train_seq_len
@@ -297,11 +300,15 @@ class Config(ModelShape):
             (self.train_batch_tokens % span != 0,
              f"TRAIN_BATCH_TOKENS must be a multiple of {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span},"
              f" got {self.train_batch_tokens}"),
-            (self.micro_batch % self.train_seq_len != 0 or self.train_batch_tokens % self.micro_batch != 0,
+            (self.micro_batch_tokens > 0
+             and (self.micro_batch % self.train_seq_len != 0 or self.train_batch_tokens % self.micro_batch != 0),
              f"MICRO_BATCH_TOKENS must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len} that divides"
              f" TRAIN_BATCH_TOKENS={self.train_batch_tokens}, got {self.micro_batch_tokens}"),
             (self.eval_batch_tokens < self.train_seq_len,
              f"VAL_BATCH_SIZE must be at least {SPANS_PER_STEP} * TRAIN_SEQ_LEN = {span}, got {self.val_batch_size}"),
+            *((0 < getattr(self, name) < self.train_seq_len,
+               f"{name.upper()} must be 0 (none) or at least TRAIN_SEQ_LEN={self.train_seq_len}, got {getattr(self, name)}")
+              for name in ("val_max_tokens", "roundtrip_val_max_tokens")),
         ) if wrong]
 
     def world_problems(self, world_size: int) -> list[str]:
@@ -633,7 +640,7 @@ def check_pairing(data_path: str | Path, tokenizer: Tokenizer, val_tokens: np.nd
     if manifest.exists():
         try:
             wanted = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{manifest}: names no tokenizer sha256; prepare the data again or remove the file") from None
         if wanted != tokenizer.sha256:
             raise DataError(
@@ -1204,13 +1211,23 @@ def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as f:
             training = json.loads((f.metadata() or {})["training"])
-        if training["format"] != CHECKPOINT_FORMAT:
-            raise CheckpointError(f"checkpoint {path}: format {training['format']}, wanted {CHECKPOINT_FORMAT}")
+            found, _ = training["format"], training["config"].keys()
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error.strerror or error})") from None
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged, or no training checkpoint of this program ({error})") from None
+    if found != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"checkpoint {path}: format {found}, wanted {CHECKPOINT_FORMAT}")
     return training
+
+
+def checkpoint_digest(tensors: Mapping[str, Tensor], training: Mapping[str, Any]) -> str:
+    """BLAKE2b of all that a restored run depends on; safetensors itself has no checksum."""
+    digest = hashlib.blake2b(json.dumps(training, sort_keys=True).encode(), digest_size=16)
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def checkpoint_to_resume(cfg: Config) -> Path | None:
@@ -1336,9 +1353,12 @@ class Job:
             training = {"format": CHECKPOINT_FORMAT, "config": asdict(self.cfg), "step": self.step,
                         "loader_step": self.loader.step, "train_ms": self.clock.elapsed_ms(),
                         "train_tokens": self.data.train.size}
+            training["digest"] = checkpoint_digest(tensors, training)
             write_checkpoint(path, tensors, {"artifact_meta": self.meta, "training": training})
-            for old in sorted(self.folder.checkpoints.glob("step_*.safetensors"))[: -self.cfg.checkpoint_keep]:
-                old.unlink()
+            found = sorted(self.folder.checkpoints.glob("step_*.safetensors"))
+            mine = found.index(path) + 1        # beyond it lie those of a continuation that a RESUME=path gave up
+            for other in found[:max(0, mine - self.cfg.checkpoint_keep)] + found[mine:]:
+                other.unlink()
         self.last_checkpoint = str(path)
         return path
 
@@ -1346,10 +1366,12 @@ class Job:
         """Continues from a checkpoint; rank 0 reads the file, so it need not exist on the other nodes."""
         metadata = json.dumps(read_checkpoint_metadata(path)).encode() if self.rt.master else b""
         training = json.loads(self.rt.broadcast(metadata))
+        tensors = load_safetensors(self.rt.broadcast(path.read_bytes() if self.rt.master else b""))
+        if training.pop("digest", None) != checkpoint_digest(tensors, training):
+            raise CheckpointError(f"checkpoint {path}: damaged, its digest is not that of its contents")
         if training["train_tokens"] != self.data.train.size:
             found, wanted = self.data.train.size, training["train_tokens"]
             raise CheckpointError(f"checkpoint {path}: trained on shards of {wanted} tokens, DATA_PATH now holds {found}")
-        tensors = load_safetensors(self.rt.broadcast(path.read_bytes() if self.rt.master else b""))
         self.model.load_state_dict(
             {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
         restore_optimizers(tensors, self.model, self.optimizers)
@@ -1556,12 +1578,12 @@ def export_model(job: Job) -> SizeReport | None:
 def load_model(artifact_state: Mapping[str, Tensor], meta: Mapping[str, Any], rt: Runtime) -> GPT:
     """A fresh model with an artifact's weights. Raises ArtifactError when they do not fit together."""
     shape = shape_from_meta(meta)
-    model = build_model(shape, rt, int(meta["train_seq_len"]))
     wanted = tensor_shapes(shape)
     found = {name: tuple(t.shape) for name, t in artifact_state.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ArtifactError(f"tensor {name}", 0, found.get(name, "nothing"), wanted.get(name, "nothing"))
+    model = build_model(shape, rt, int(meta["train_seq_len"]))
     model.load_state_dict(dict(artifact_state))
     return model
 
@@ -1573,15 +1595,16 @@ def shape_from_meta(meta: Mapping[str, Any]) -> ModelShape:
     if not isinstance(values, dict) or values.keys() != names.keys():
         raise ArtifactError("meta.model", 0, values, f"an object with the keys {', '.join(names)}")
     for name, f in names.items():
-        kind = type(f.default)
-        if type(values[name]) is not kind or (f.metadata["choices"] and values[name] not in f.metadata["choices"]):
-            raise ArtifactError(f"meta.model.{name}", 0, values[name], f"a {kind.__name__} as {f.default!r}")
+        kind, value, choices = type(f.default), values[name], f.metadata["choices"]
+        if type(value) is not kind or (kind is float and not math.isfinite(value)) or (choices and value not in choices):
+            raise ArtifactError(f"meta.model.{name}", 0, value, f"a {kind.__name__} as {f.default!r}")
     shape = ModelShape(**values)
     limits = {"num_layers": 4096, "model_dim": 1 << 16, "mlp_mult": 256, "num_heads": 4096}
     faults = shape.shape_problems() + [f"{k} above {v}" for k, v in limits.items() if getattr(shape, k) > v]
     seq_len = meta.get("train_seq_len")
-    if type(seq_len) is not int or not 1 <= seq_len <= 1 << 20:
-        faults.append(f"train_seq_len must be in 1 .. {1 << 20}, got {seq_len!r}")
+    longest = 1 if faults else min(1 << 20, (1 << 26) // shape.head_dim)   # keeps a hostile file's rotary tables small
+    if type(seq_len) is not int or not 1 <= seq_len <= longest:
+        faults.append(f"train_seq_len must be in 1 .. {longest}, got {seq_len!r}")
     if faults:
         raise ArtifactError("meta.model", 0, "; ".join(faults), "a consistent shape")
     return shape
@@ -1598,13 +1621,14 @@ def meta_from_state(state: Mapping[str, Tensor], overrides: Mapping[str, str]) -
         kv_dim, dim = state["blocks.0.attn.c_k.weight"].shape
         heads = state["blocks.0.attn.q_gain"].numel()
         hidden = state["blocks.0.mlp.fc.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
+        kv_heads, mlp_mult = kv_dim * heads // dim, hidden // dim
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ArtifactError("checkpoint", 0, f"no usable tensor {error}", "the weights of a GPT of this program") from None
     blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     bf16_embedding = state["tok_emb.weight"].dtype is torch.bfloat16
     inferred = {
         "VOCAB_SIZE": vocab, "EMBED_DIM": width if width < dim else 0, "MODEL_DIM": dim, "NUM_HEADS": heads,
-        "NUM_KV_HEADS": kv_dim * heads // dim, "MLP_MULT": hidden // dim, "NUM_LAYERS": blocks,
+        "NUM_KV_HEADS": kv_heads, "MLP_MULT": mlp_mult, "NUM_LAYERS": blocks,
         "TIE_EMBEDDINGS": int("lm_head.weight" not in state), "ROPE_DTYPE": "bfloat16" if bf16_embedding else "float32",
     }
     if "NUM_LAYERS" in overrides:

@@ -4,9 +4,6 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
 
-# Large blocks come back from the allocator's pool instead of the kernel: a CPU step spends a third less time (README).
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-2000000000}
-
 ensure_venv() {  # ensure_venv REQUIREMENTS_FILE
     local python=${PYTHON:-python3} stamp
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {

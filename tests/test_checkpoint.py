@@ -2,7 +2,7 @@
 
 Guarantees: save then restore is the identity for weights, optimisers, data position, generator and clock; damaged files are
 CheckpointErrors; changed knobs are named; writing is atomic; the newest are kept; metrics are neither lost nor doubled.
-Run: python -m pytest tests/test_checkpoint.py (about 8 s).
+Run: python -m pytest tests/test_checkpoint.py (about 15 s).
 """
 from __future__ import annotations
 

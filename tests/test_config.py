@@ -2,7 +2,7 @@
 
 Guarantees: knobs parse by type and strictly; defaults are the challenge's baseline; malformed values, unknown names and
 inconsistent shapes are reported in one list; no combination of values makes the parser itself fail; no knob is dead.
-Run: python -m pytest tests/test_config.py (about 3 s).
+Run: python -m pytest tests/test_config.py (about 6 s).
 """
 from __future__ import annotations
 
