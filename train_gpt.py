@@ -65,9 +65,23 @@ from export import (
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
-def knob(default: Any, group: str, text: str, *, choices: Sequence[str] = (), free: bool = False) -> Any:
-    """A Config field with its line of documentation; `free` knobs may change between a checkpoint and its resumption."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": tuple(choices), "free": free})
+def knob(default: Any, group: str, text: str, *, low: float = 0, choices: Sequence[str] = (), free: bool = False) -> Any:
+    """A Config field with its documentation; a number must be at least `low`, a word one of `choices`, and a `free` knob
+    may change between a checkpoint and its resumption.
+    """
+    return field(default=default, metadata={"group": group, "help": text, "low": low, "choices": choices, "free": free})
+
+
+def range_problems(values: Any, knobs: Sequence[Field[Any]]) -> list[str]:
+    """The numbers among the knobs of `values` that are not finite or too low."""
+    found = []
+    for f in knobs:
+        value, low = getattr(values, f.name), f.metadata["low"]
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{f.name.upper()} must be finite, got {value}")
+        elif not isinstance(value, (bool, str)) and value < low:
+            found.append(f"{f.name.upper()} must be at least {low}, got {value}")
+    return found
 
 
 class ConfigError(ValueError):
@@ -82,14 +96,14 @@ class ConfigError(ValueError):
 class ModelShape:
     """What a reader needs to rebuild the network around an artifact's weights; stored in every artifact's header."""
 
-    vocab_size: int = knob(1024, "Model", "tokens in the vocabulary; must be the tokenizer's")
-    num_layers: int = knob(9, "Model", "transformer layers; the first half feeds the second through skip connections")
+    vocab_size: int = knob(1024, "Model", "tokens in the vocabulary; must be the tokenizer's", low=1)
+    num_layers: int = knob(9, "Model", "transformer layers; the first half feeds the second through skip connections", low=2)
     num_unique_blocks: int = knob(0, "Model", "blocks with weights of their own, used in turn by the layers; 0 = all")
-    model_dim: int = knob(512, "Model", "width of the residual stream")
+    model_dim: int = knob(512, "Model", "width of the residual stream", low=1)
     embed_dim: int = knob(0, "Model", "width of the token embedding, below MODEL_DIM factorises it; 0 = MODEL_DIM")
-    num_heads: int = knob(8, "Model", "query heads")
-    num_kv_heads: int = knob(4, "Model", "key and value heads (grouped-query attention); divides NUM_HEADS")
-    mlp_mult: int = knob(2, "Model", "hidden units of the relu^2 MLP, in multiples of MODEL_DIM")
+    num_heads: int = knob(8, "Model", "query heads", low=1)
+    num_kv_heads: int = knob(4, "Model", "key and value heads (grouped-query attention); divides NUM_HEADS", low=1)
+    mlp_mult: int = knob(2, "Model", "hidden units of the relu^2 MLP, in multiples of MODEL_DIM", low=1)
     tie_embeddings: bool = knob(True, "Model", "1 = the output head is the token embedding")
     window_size: int = knob(0, "Model", "attention sees this many tokens, itself included; 0 = the whole prefix")
     rope_base: float = knob(10000.0, "Model", "base of the rotary position frequencies")
@@ -112,24 +126,18 @@ class ModelShape:
         return self.model_dim // self.num_heads
 
     def shape_problems(self) -> list[str]:
-        sizes = ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult")
-        found = [
-            f"{name.upper()} must be at least 1, got {getattr(self, name)}" for name in sizes if getattr(self, name) < 1
-        ]
-        if found:
+        if found := range_problems(self, fields(ModelShape)):
             return found
         return [text for wrong, text in (
-            (self.num_layers < 2, f"NUM_LAYERS must be at least 2, one for each half of the skips, got {self.num_layers}"),
             (self.vocab_size > 65536, f"VOCAB_SIZE must fit the shards' uint16, at most 65536, got {self.vocab_size}"),
-            (not 0 <= self.num_unique_blocks <= self.num_layers,
+            (self.num_unique_blocks > self.num_layers,
              f"NUM_UNIQUE_BLOCKS must be 0 (all) to NUM_LAYERS={self.num_layers}, got {self.num_unique_blocks}"),
-            (not 0 <= self.embed_dim <= self.model_dim,
+            (self.embed_dim > self.model_dim,
              f"EMBED_DIM must be 0 (MODEL_DIM) to MODEL_DIM={self.model_dim}, got {self.embed_dim}"),
             (self.model_dim % self.num_heads != 0 or self.head_dim % 2 != 0,
              f"MODEL_DIM={self.model_dim} must be NUM_HEADS={self.num_heads} times an even head width (RoPE pairs)"),
             (self.num_heads % self.num_kv_heads != 0,
              f"NUM_KV_HEADS must divide NUM_HEADS={self.num_heads}, got {self.num_kv_heads}"),
-            (self.window_size < 0, f"WINDOW_SIZE must be at least 0, got {self.window_size}"),
             (self.rope_base <= 1, f"ROPE_BASE must be above 1, got {self.rope_base}"),
             (self.logit_softcap <= 0, f"LOGIT_SOFTCAP must be above 0, got {self.logit_softcap}"),
         ) if wrong]
@@ -156,8 +164,8 @@ class Config(ModelShape):
     tokenizer_path: str = knob(
         "./data/tokenizers/fineweb_1024_bpe.model", "Data", "SentencePiece .model, or the byte tokenizer's .json"
     )
-    train_batch_tokens: int = knob(524_288, "Data", "tokens a step over all ranks")
-    train_seq_len: int = knob(1024, "Data", "tokens a training sequence; evaluation uses it too")
+    train_batch_tokens: int = knob(524_288, "Data", "tokens a step over all ranks", low=1)
+    train_seq_len: int = knob(1024, "Data", "tokens a training sequence; evaluation uses it too", low=1)
     micro_batch_tokens: int = knob(
         0, "Data", "tokens a forward pass; 0 = an eighth of the step. Changes memory and speed, not the data or the maths",
         free=True,
@@ -170,7 +178,7 @@ class Config(ModelShape):
     warmdown_iters: int = knob(1200, "Schedule", "steps over which the learning rate falls to zero at the end; 0 = never")
     warmup_steps: int = knob(20, "Schedule", "untimed steps that prime the kernels; everything is restored after", free=True)
 
-    val_batch_size: int = knob(524_288, "Evaluation", "an eighth of this many tokens is one forward pass", free=True)
+    val_batch_size: int = knob(524_288, "Evaluation", "an eighth of this many tokens is one forward pass", free=True, low=1)
     val_loss_every: int = knob(1000, "Evaluation", "steps between validations; 0 = only at the end", free=True)
     val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
@@ -182,7 +190,7 @@ class Config(ModelShape):
     checkpoint_every: int = knob(
         0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True
     )
-    checkpoint_keep: int = knob(2, "Checkpoint", "newest checkpoints kept", free=True)
+    checkpoint_keep: int = knob(2, "Checkpoint", "newest checkpoints kept", free=True, low=1)
     resume: str = knob(
         "", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True
     )
@@ -196,7 +204,7 @@ class Config(ModelShape):
     matrix_lr: float = knob(0.04, "Optimiser", "Muon, matrices")
     scalar_lr: float = knob(0.04, "Optimiser", "Adam, vectors and scalars")
     muon_momentum: float = knob(0.95, "Optimiser", "momentum after its warm-up")
-    muon_backend_steps: int = knob(5, "Optimiser", "Newton-Schulz iterations")
+    muon_backend_steps: int = knob(5, "Optimiser", "Newton-Schulz iterations", low=1)
     muon_dtype: str = knob(
         "auto", "Optimiser", "precision of those iterations; auto = the compute dtype (the baseline always takes bfloat16)",
         choices=("auto", "float32", "bfloat16"),
@@ -208,7 +216,7 @@ class Config(ModelShape):
     adam_eps: float = knob(1e-8, "Optimiser", "Adam")
     grad_clip_norm: float = knob(0.0, "Optimiser", "largest global gradient norm; 0 = no clipping")
     tied_embed_init_std: float = knob(0.005, "Optimiser", "standard deviation of the initial tied embedding")
-    qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation")
+    qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation", low=-math.inf)
 
     int8_axis_mode: str = knob(
         "row", "Export", "one step a row, a column, or per tensor whichever errs less",
@@ -266,20 +274,7 @@ class Config(ModelShape):
         )
 
     def problems(self) -> list[str]:
-        at_least = {0: (
-            "seed", "micro_batch_tokens", "iterations", "max_wallclock_seconds", "warmdown_iters", "warmup_steps",
-            "val_loss_every", "val_max_tokens", "roundtrip_val_max_tokens", "train_log_every", "checkpoint_every",
-            "embed_lr", "head_lr", "tied_embed_lr", "matrix_lr", "scalar_lr", "muon_momentum_warmup_steps",
-            "grad_clip_norm", "tied_embed_init_std", "artifact_cap_bytes",
-        ), 1: ("train_batch_tokens", "train_seq_len", "val_batch_size", "checkpoint_keep", "muon_backend_steps")}
-        found = [
-            f"{name.upper()} must be finite, got {value}"
-            for name, value in asdict(self).items() if isinstance(value, float) and not math.isfinite(value)
-        ]
-        found += [
-            f"{name.upper()} must be at least {low}, got {getattr(self, name)}"
-            for low, names in at_least.items() for name in names if getattr(self, name) < low
-        ]
+        found = range_problems(self, fields(self)[len(fields(ModelShape)):])
         found += [
             f"{name.upper()} must be in [0, 1), got {getattr(self, name)}"
             for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2") if not 0 <= getattr(self, name) < 1
@@ -340,8 +335,9 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     """Variables that look like a knob and are none: one of our families' names, or a near miss of a knob's name."""
     known = {f.name.upper() for f in fields(Config)}
     families = (
-        "ARTIFACT_", "CHECKPOINT_", "COMPRESSION_", "EVAL_", "EXPORT_", "FINISH_", "INT8_", "MICRO_BATCH_", "MUON_",
-        "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_", "WARMDOWN_", "WARMUP_",
+        "ARTIFACT_", "CHECKPOINT_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
+        "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_",
+        "WARMDOWN_", "WARMUP_",
     )
     found = []
     for name in sorted(env.keys() - known):
