@@ -335,7 +335,7 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     """Variables that look like a knob and are none: one of our families' names, or a near miss of a knob's name."""
     known = {f.name.upper() for f in fields(Config)}
     families = (
-        "ARTIFACT_", "CHECKPOINT_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
+        "ARTIFACT_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
         "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_",
         "WARMDOWN_", "WARMUP_",
     )
@@ -343,8 +343,8 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
         if near or name.startswith(families):
-            hint = f", did you mean {near[0]}?" if near else ""
-            found.append(f"{name} is not a knob of this version{hint} Unset it to go on")
+            meant = f", did you mean {near[0]}?" if near else "."
+            found.append(f"{name} is not a knob of this version{meant} Unset it to go on")
     return found
 
 
