@@ -412,6 +412,11 @@ class Runtime:
             on_gpu = self.device.type == "cuda"
             dist.init_process_group("nccl" if on_gpu else "gloo", device_id=self.device if on_gpu else None)
 
+    def bind_thread(self) -> None:
+        """A thread that pins memory would otherwise open a context on the first GPU, for every rank."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def stop(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
@@ -689,7 +694,7 @@ class Loader:
         self.span_tokens = cfg.train_batch_tokens // SPANS_PER_STEP
         self.rows = cfg.micro_batch // cfg.train_seq_len              # sequences a micro-batch
         self.per_rank = cfg.micro_batches // rt.world_size            # micro-batches a step on this rank
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=rt.bind_thread)
         self.seek(0)
 
     def seek(self, step: int) -> None:

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launchers: go to the repository's root and make its virtual environment, once per requirements file.
 # PYTHON chooses the interpreter (default python3), VENV the folder (default .venv).
 
