@@ -131,7 +131,7 @@ def wait_for_step(env: dict[str, str], step: int, process: subprocess.Popen[str]
 
 
 @pytest.mark.parametrize(("knobs", "golden", "val_loss", "tolerance"), [
-    ({"MUON_DTYPE": "bfloat16"}, BASELINE_FLOAT32, 3.328970, 1e-4),
+    ({"MUON_DTYPE": "bfloat16"}, BASELINE_FLOAT32, 3.328970, 5e-4),
     ({}, BASELINE_FLOAT32, 3.328970, 5e-3),                                # Newton-Schulz in float32
     ({"COMPUTE_DTYPE": "bfloat16"}, BASELINE_BFLOAT16, 3.32477796, 5e-3),
 ])
@@ -409,7 +409,7 @@ def test_two_ranks_agree_with_one(env):
     two = env | {"RUN_ID": "two"}
     done = torchrun(2, two)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [x for _, x in losses(two)] == pytest.approx([x for _, x in losses(env)], abs=1e-4)
+    assert [x for _, x in losses(two)] == pytest.approx([x for _, x in losses(env)], abs=1e-3)
     assert summary(two)["roundtrip"]["val_loss"] == pytest.approx(summary(env)["roundtrip"]["val_loss"], abs=1e-3)
     assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
 
