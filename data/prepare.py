@@ -550,7 +550,7 @@ def embedded(args: argparse.Namespace) -> None:
         describe(out, manifest)
         return
     clear(out)
-    val, train = split_documents(library_documents(sources))
+    val, train = split_documents(docstring_documents(sources))
     tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
     # SentencePiece skips texts above 4,192 bytes, most of this corpus: it gets paragraphs.
     paragraphs = (paragraph for text in train for paragraph in text.split("\n\n"))
@@ -584,7 +584,7 @@ def library_sources(library: Path) -> dict[str, bytes]:
     return {name: chosen[name].read_bytes() for name in sorted(chosen)}
 
 
-def library_documents(sources: dict[str, bytes]) -> list[str]:
+def docstring_documents(sources: dict[str, bytes]) -> list[str]:
     """A document a module, its docstrings in source order, and one a help topic; neither tiny nor twice the same."""
     documents = []
     with warnings.catch_warnings():

@@ -346,7 +346,7 @@ def test_embedded_is_the_same_twice(corpus, tmp_path):
 
 
 def test_embedded_is_made_once(corpus, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "library_documents", lambda sources: pytest.fail("made again"))
+    monkeypatch.setattr(prepare, "docstring_documents", lambda sources: pytest.fail("made again"))
     assert run("embedded", "--root", corpus) == 0
     assert "up to date" in capsys.readouterr().out
 
@@ -411,7 +411,7 @@ x = "no docstring"
 '''
     wanted = ["Module.", "Class\n\nindented", "Method.", "Function."]
     assert list(prepare.docstrings(prepare.ast.parse(source))) == wanted
-    assert prepare.library_documents({"a.py": source, "b.py": b"", "pydoc_data/topics.py": b"topics = {}"}) == []
+    assert prepare.docstring_documents({"a.py": source, "b.py": b"", "pydoc_data/topics.py": b"topics = {}"}) == []
 
 
 def test_reference_numbers_equal_a_plain_computation():
