@@ -1,15 +1,17 @@
-"""Tensors to bytes and back: plan, quantise, deflate, one checked file.
+"""Tensors to bytes and back: plan, quantise, correct, deflate, one checked file.
 
+    python export.py predict NUM_LAYERS=9 MODEL_DIM=512              # predicted: artifact ... + code ... = ... bytes
     python export.py write final_model.pt -o final_model.int8.ptz    # wrote:final_model.int8.ptz total_bytes:... ...
     python export.py inspect final_model.int8.ptz                    # the plan and the bytes of every part
     python export.py eval final_model.int8.ptz --data DIR --tokenizer MODEL
-    python export.py verify final_model.int8.ptz final_model.pt      # exit 1 unless equal bit for bit
+    python export.py extract final_model.int8.ptz TENSOR             # one tensor; --to model.safetensors takes them all
+    python export.py verify final_model.int8.ptz final_model.pt      # exit 1 unless the same export gives the same bytes
 
-The file format, version 1. Integers and floats are little-endian; sections touch without gaps.
+The file format, version 2. Integers and floats are little-endian; sections touch without gaps.
 
     offset    bytes  field
     0         4      magic, "ANLM"
-    4         1      version, 1
+    4         1      version, 2
     5         3      reserved, zero
     8         4      file_bytes, the length of the whole file
     12        4      header_raw_bytes, 1..1,048,576
@@ -23,23 +25,36 @@ The inflated header:
     bytes     field
     4         meta_bytes, then so many bytes of meta: a JSON object, ASCII, keys sorted, no spaces, no NaN or infinity,
               integers of at most 40 digits
-    4         scale_floor, fp32 in 0..1: what `verify` needs to quantise a checkpoint again
     2         rows, 0..4096, then so many plan rows, strictly ascending by name:
       1         name_bytes, 1..255, then the name: printable ASCII
       1         dtype the tensor gets back: 0 float32, 1 float16, 2 bfloat16, 3 float64, 4 uint8, 5 int8, 6 int16,
                 7 int32, 8 int64, 9 bool
       1         codec: 0 int, 1 f16, 2 f32 (for float dtypes), 3 raw (for all others)
-      1         bits: int 2..8, f16 16, f32 32, raw 8 per byte of the dtype
-      1         ndim, 0..8
-      1         axis: 0 = a scale per row, 1 = a scale per column (int matrices only); an int tensor which is no
-                matrix is one row
-      4 each    dims, at least 1
-    5 each    the table, one entry per stream: method u8 (0 stored, 1 raw deflate), coded_bytes u32
+      1         axis: who owns a scale, 0 = each row, 1 = each column, 2 = each row and each column (1, 2: int matrices
+                only); an int tensor which is no matrix is one row
+      1         layout of the codes: 0 row after row, 1 column after column, 2 rows in ascending order of their scales,
+                3 columns so (1: matrices; 2 needs row scales and 3 column scales; equal scales keep their order)
+      1         kept: 0 none, 1 rows, 2 columns, 3 entries (int matrices only)
+      1         rank of the correction, 0..32 (above 0: int matrices only)
+      1         factors: how the correction is stored, 0 f16, 1 int8, 2 lqer (0 at rank 0)
+      4         kept_count: slices or entries kept, at least 1 if any, at most as many as there are
+      1         ndim, 0..8, then 4 each: dims, at least 1
+    5 each    the table, one entry per stream: method u8 (0 stored, 1 raw deflate, 2..8 deflated radix digits, `codes`
+              only), coded_bytes u32
 
-Streams, in this order: `codes` of each int tensor (int8 in [-q_max, q_max], q_max = 2^(bits-1) - 1); then four that
-all tensors share in plan order: `scales` (fp16, finite, above zero), `f16`, `f32`, `raw` (bool bytes are 0 or 1).
-Their raw lengths follow from the plan; an empty stream is stored. Values of two and four bytes lie as byte planes: all
-first bytes, then all second bytes, and so on. A weight is code x scale in fp32, cast to its dtype. Floats are finite.
+Streams, in this order: `codes` of each int tensor (int8, -127..127); then those that all tensors share in plan order:
+`scales` (fp16, finite, above zero), `f16`, `f32`, `raw` (bool bytes are 0 or 1), `factors` (bytes), `index` (u32). Their
+raw lengths follow from the plan; an empty stream is stored. Values of two and four bytes lie as byte planes: all first
+bytes, then all second bytes, and so on. Floats are finite. Method 1 + m says that |code| is at most m: digits code + m in
+base 2m + 1, as many as fit a byte, first digit lowest, zero digits at the end.
+
+An int matrix (rows, cols) is restored in fp32, each operation rounded by itself: code x row scale, x column scale; then for
+each rank k in turn + a[k, row] x b[k, col]; then the kept values overwrite theirs; then a cast to its dtype. It takes its
+scales (rows, then columns, then those of its factors), f16 values (factors a, b, then the kept values in index order) and
+factors. The index holds row or column numbers or flat positions, strictly ascending. Factors a (rank, rows) and
+b (rank, cols) are f16; or int8 codes with a scale for each k, those of a first; or lqer (Zhang et al. 2024, arXiv
+2402.02446): a as two's-complement 2-bit codes with one scale, b as 4-bit codes with a scale for each 64 of b in order,
+packed from the low bits of a byte, a and b each from a new byte.
 
 A reader rejects, as ArtifactError, whatever breaks a line above, and: tensors beyond 2^30 bytes in all, a raw length
 above 1032 x the coded one (deflate's limit), a deflate stream that ends before or after its raw length or its coded
@@ -58,11 +73,12 @@ import json
 import lzma
 import math
 import os
+import re
 import struct
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
@@ -73,27 +89,33 @@ import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
 
-MAGIC, VERSION = b"ANLM", 1
+MAGIC, VERSION = b"ANLM", 2
 FIXED = struct.Struct("<4sB3sIII")      # magic, version, reserved, file_bytes, header_raw_bytes, header_coded_bytes
 CHECKSUM_BYTES = 8
 MAX_RAW_BYTES = 2**30                   # of all tensors of a file together, as stored or as restored
 MAX_HEADER_BYTES = 2**20
 MAX_INT_DIGITS = 40                     # in meta; longer ones take old Pythons quadratic time to parse
-MAX_TENSORS, MAX_NDIM = 4096, 8
+MAX_TENSORS, MAX_NDIM, MAX_RANK = 4096, 8, 32
 MAX_DEFLATE_RATIO = 1032                # 258 bytes for two bits, the most that deflate can say
-STORED, DEFLATE = 0, 1
+STORED, DEFLATE = 0, 1                  # methods; DEFLATE + m holds radix digits of codes up to m
+MAX_RADIX_CODE = 7                      # two digits in base 15 fit a byte, two in base 17 do not
+MAX_CODE = 127
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "uint8": 1, "int8": 1, "int16": 2, "int32": 4,
-          "int64": 8, "bool": 1}        # name -> bytes; the order is the file's enumeration
+          "int64": 8, "bool": 1}        # name -> bytes; the order is the file's enumeration, as in the next five lines
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 CODECS = ("int", "f16", "f32", "raw")
-AXES = ("row", "col")
-STREAM_TYPES = {"codes": "i1", "scales": "<f2", "f16": "<f2", "f32": "<f4", "raw": "u1"}
+AXES = ("row", "col", "both")
+LAYOUTS = ("rows", "cols", "rows_by_scale", "cols_by_scale")
+KEPT = ("none", "rows", "cols", "entries")
+FACTORS = ("f16", "int8", "lqer")
+STREAM_TYPES = {"codes": "i1", "scales": "<f2", "f16": "<f2", "f32": "<f4", "raw": "u1", "factors": "u1", "index": "<u4"}
 
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight")   # substrings; these stay fp32
 EMBED_NAMES = ("tok_emb.weight", "lm_head.weight")
-KEEP_FLOAT_MAX_NUMEL = 65_536           # float tensors up to this size are kept as fp16
 CLIP_QUANTILE = 0.9999984               # of |w| in a row, the baseline's: next to the largest below 600,000 weights
+LQER_GROUP = 64                         # 4-bit values that share a scale
+FIT_WINDOW_BYTES = 20_000               # an export that fits itself to the cap ends at most so far below it
 
 
 class ArtifactError(ValueError):
@@ -111,50 +133,145 @@ def require(holds: bool | np.bool_, field: str, offset: int | None, found: objec
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Options: what a user may ask of an export; the trainer's knobs of the same names, the flags of `write`.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def knob(default: Any, group: str, text: str, *, low: float = 0, choices: Sequence[str] = (), free: bool = False) -> Any:
+    """A field with its documentation; a number must be at least `low`, a word one of `choices`, and a `free` knob may
+    change between a checkpoint and its resumption.
+    """
+    return field(default=default, metadata={"group": group, "help": text, "low": low, "choices": choices, "free": free})
+
+
+def range_problems(values: Any, knobs: Iterable[Field[Any]]) -> list[str]:
+    """The numbers among the knobs of `values` that are not finite or too low."""
+    found = []
+    for f in knobs:
+        value, low = getattr(values, f.name), f.metadata["low"]
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{f.name.upper()} must be finite, got {value}")
+        elif not isinstance(value, (bool, str)) and value < low:
+            found.append(f"{f.name.upper()} must be at least {low}, got {value}")
+    return found
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the exporter may choose; the field `int8_axis_mode` is the knob INT8_AXIS_MODE."""
+    int8_axis_mode: str = knob(
+        "row", "Export", "one step a row, a column, or per tensor whichever errs less",
+        choices=("row", "col", "auto"), free=True)
+    int8_scale_floor: float = knob(
+        1 / 127, "Export", "smallest quantisation step; the baseline's 1/127 dominates while weights are below 1;"
+        " 0 = steps follow the weights", free=True)
+    int8_clip_sigmas: float = knob(
+        0.0, "Export", "largest weight that a row's codes reach, in the row's standard deviations: the size then depends"
+        " on the shape alone; 0 = the largest there is", free=True)
+    int8_keep_float_max_numel: int = knob(
+        65_536, "Export", "tensors of up to so many weights are stored in half precision", free=True)
+    weight_quantization_bits: int = knob(8, "Export", "bits of a matrix weight, 2 to 8; 16 = half precision", free=True)
+    embed_quantization_bits: int = knob(8, "Export", "the same for the embedding and the head", free=True)
+    int8_residual_rank: int = knob(0, "Export", "largest rank of a tensor's correction after quantisation; 0 = none", free=True)
+    int8_residual_budget_bytes: int = knob(65_536, "Export", "bytes that all corrections together may take", free=True)
+    int8_residual_power_iters: int = knob(8, "Export", "power iterations for each rank of a correction", low=1, free=True)
+    int8_residual_storage: str = knob(
+        "auto", "Export", "how corrections are stored; auto = per tensor what removes most error a byte",
+        choices=("auto", *FACTORS), free=True)
+    int8_targeted_residual_mode: str = knob(
+        "off", "Export", "tensors that may have a correction; off = all, early = the first 4 blocks, combo = mlp.proj and"
+        " attn.proj", choices=("off", "all_mlp_proj", "early_mlp_proj", "all_attn_proj", "early_proj_combo"), free=True)
+    export_permute: str = knob(
+        "off", "Export", "reorder what the network lets us reorder, where it saves bytes: mlp = hidden units, all = heads,"
+        " value and stream dimensions too", choices=("off", "mlp", "all"), free=True)
+    export_allocate: str = knob(
+        "uniform", "Export", "who sets each tensor's steps: uniform = the knobs above; hessian, sensitivity = the least"
+        " expected loss that fits ARTIFACT_CAP_BYTES, from CALIBRATION_TOKENS or a map of scripts/sensitivity.py",
+        choices=("uniform", "hessian", "sensitivity"), free=True)
+    artifact_cap_bytes: int = knob(16_000_000, "Export", "artifact plus packed code, decimal bytes; 0 = no cap", free=True)
+    cap_policy: str = knob(
+        "refuse", "Export", "a run predicted over the cap is refused or warned of; fit = the export chooses its steps so"
+        " that it ends within 20,000 bytes below the cap", choices=("refuse", "warn", "fit"), free=True)
+
+    def problems(self) -> list[str]:
+        """One message per fault: the knob, the value wanted, the value found."""
+        knobs, widths = fields(ExportOptions), (*range(2, 9), 16)
+        found = range_problems(self, knobs)
+        found += [f"{f.name.upper()} must be {', '.join(c[:-1])} or {c[-1]}, got {getattr(self, f.name)!r}"
+                  for f in knobs if (c := f.metadata["choices"]) and getattr(self, f.name) not in c]
+        found += [f"{name.upper()} must be 2..8 or 16, got {getattr(self, name)}"
+                  for name in ("weight_quantization_bits", "embed_quantization_bits") if getattr(self, name) not in widths]
+        chosen = ("int8_axis_mode", "int8_clip_sigmas", "weight_quantization_bits", "embed_quantization_bits")
+        unused = [f.name.upper() for f in knobs if f.name in chosen and getattr(self, f.name) != f.default]
+        return found + [text for wrong, text in (
+            (self.int8_scale_floor > 1, f"INT8_SCALE_FLOOR must be in 0..1, got {self.int8_scale_floor}"),
+            (self.int8_residual_rank > MAX_RANK,
+             f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
+            (self.export_allocate != "uniform" and unused,
+             f"EXPORT_ALLOCATE={self.export_allocate} chooses what {', '.join(unused)} would set; unset the one or the other"),
+            (self.solves and self.artifact_cap_bytes == 0,
+             f"CAP_POLICY={self.cap_policy} with EXPORT_ALLOCATE={self.export_allocate} needs ARTIFACT_CAP_BYTES above 0"),
+        ) if wrong]
+
+    @property
+    def solves(self) -> bool:
+        """The export fits itself to the cap."""
+        return self.cap_policy == "fit" or self.export_allocate != "uniform"
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults; a file's meta holds them, so that the export can be repeated."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Plan: how each tensor is stored, decided once, written into the header, never derived again from a name.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """What the exporter may choose."""
-    axis_mode: str = "row"          # row | col | auto: per tensor the axis with the smaller squared error
-    scale_floor: float = 1 / 127    # smallest quantisation step, the baseline's; 0 = none, which is scale-invariant
-    weight_bits: int = 8            # 2..8 = integer codes, 16 = fp16
-    embed_bits: int = 8             # the same for tok_emb.weight and lm_head.weight
-
-    def problems(self) -> list[str]:
-        """One message per fault: the knob, the value wanted, the value found."""
-        widths = (*range(2, 9), 16)
-        return [text for wrong, text in (
-            (self.axis_mode not in (*AXES, "auto"), f"INT8_AXIS_MODE must be row, col or auto, got {self.axis_mode!r}"),
-            (not 0 <= self.scale_floor <= 1, f"INT8_SCALE_FLOOR must be in 0..1, got {self.scale_floor}"),
-            (self.weight_bits not in widths, f"WEIGHT_QUANTIZATION_BITS must be 2..8 or 16, got {self.weight_bits}"),
-            (self.embed_bits not in widths, f"EMBED_QUANTIZATION_BITS must be 2..8 or 16, got {self.embed_bits}"),
-        ) if wrong]
-
-
-@dataclass(frozen=True)
 class PlanRow:
-    """How one tensor is stored."""
+    """How one tensor is stored: all that a reader needs to find and restore it."""
     name: str
     shape: tuple[int, ...]
-    dtype: str      # what the state had and gets back
-    codec: str      # one of CODECS
-    bits: int       # per value before entropy coding
-    axis: str       # which slices of an int matrix own a scale; "row" for everything else
+    dtype: str              # what the state had and gets back
+    codec: str              # one of CODECS
+    axis: str = "row"       # which slices of an int matrix own a scale; "row" for everything else
+    layout: str = "rows"    # order of the codes in their stream
+    kept: str = "none"      # which part of an int matrix is stored as fp16 instead
+    kept_count: int = 0     # rows, columns or entries of it
+    rank: int = 0           # of the correction that is added to an int matrix
+    factors: str = "f16"    # how the correction is stored
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
+    def scale_counts(self) -> tuple[int, int]:
+        """Scales of rows and of columns."""
+        if len(self.shape) != 2:
+            return 1, 0
+        return (self.shape[0] if self.axis != "col" else 0), (self.shape[1] if self.axis != "row" else 0)
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Shape of the values that are kept."""
+        width = {"none": 0, "entries": 1, "rows": self.shape[-1:], "cols": self.shape[:1]}[self.kept]
+        return (self.kept_count, *(width if isinstance(width, tuple) else ()))
+
+    @property
     def counts(self) -> dict[str, int]:
         """Kind of stream -> how many of its values this tensor takes."""
-        if self.codec == "int":
-            n_scales = self.shape[AXES.index(self.axis)] if len(self.shape) == 2 else 1
-            return {"codes": self.numel, "scales": n_scales}
-        return {self.codec: self.numel * (DTYPES[self.dtype] if self.codec == "raw" else 1)}
+        if self.codec != "int":
+            return {self.codec: self.numel * (DTYPES[self.dtype] if self.codec == "raw" else 1)}
+        counts = {"codes": self.numel, "scales": sum(self.scale_counts)}
+        for kind, n in factor_counts(self).items() if self.rank else ():
+            counts[kind] = counts.get(kind, 0) + n
+        if self.kept != "none":
+            counts["f16"] = counts.get("f16", 0) + math.prod(self.kept_shape)
+            counts["index"] = self.kept_count
+        return counts
 
     @property
     def raw_bytes(self) -> int:
@@ -163,27 +280,27 @@ class PlanRow:
         return max(stored, self.numel * DTYPES[self.dtype])
 
 
-def make_plan(state: Mapping[str, Tensor], options: ExportOptions) -> tuple[PlanRow, ...]:
-    """One row per tensor, ascending by name whatever the order of the dict."""
-    if faults := options.problems():
-        raise ValueError("; ".join(faults))
-    return tuple(plan_row(name, state[name], options) for name in sorted(state))
+def factor_counts(row: PlanRow) -> dict[str, int]:
+    """Kind of stream -> values that a correction of this rank takes."""
+    rows, cols = row.rank * row.shape[0], row.rank * row.shape[1]
+    return {"f16": {"f16": rows + cols}, "int8": {"factors": rows + cols, "scales": 2 * row.rank},
+            "lqer": {"factors": -(-rows // 4) + -(-cols // 2), "scales": 1 + -(-cols // LQER_GROUP)}}[row.factors]
 
 
-def plan_row(name: str, tensor: Tensor, options: ExportOptions) -> PlanRow:
-    """Decide one row; a tensor that the format cannot hold is refused here."""
-    dtype, shape, axis = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), options.axis_mode
-    require(is_name(name), f"tensor {name!a}", None, f"{len(name)} characters", "a name of 1..255 printable ASCII ones")
-    dense = dtype in DTYPES and tensor.layout == torch.strided
-    require(dense, f"tensor {name}", None, f"{dtype} {tensor.layout}", f"dense {', '.join(DTYPES)}")
-    sized = len(shape) <= MAX_NDIM and tensor.numel() > 0
-    require(sized, f"tensor {name}", None, f"shape {shape}", f"at most {MAX_NDIM} dims, none of them 0")
-    codec, bits = storage(name, tensor.numel(), dtype, options)
-    if codec != "int" or len(shape) != 2:
-        axis = "row"
-    elif axis == "auto":
-        axis = better_axis(tensor, bits, options.scale_floor)
-    return PlanRow(name, shape, dtype, codec, bits, axis)
+@dataclass(frozen=True)
+class Choice:
+    """How the writer quantises one tensor: what it decides and a reader need not know."""
+    codec: str                  # one of CODECS
+    axis: str = "row"
+    q_max: float = 0.0          # the code that the clip is mapped to
+    weighted: bool = False      # steps by what an error costs instead of by each slice's own clip
+
+
+@dataclass
+class Stored:
+    """One tensor on its way into the file: its row, and its values by kind of stream."""
+    row: PlanRow
+    values: dict[str, np.ndarray]
 
 
 def is_name(name: str) -> bool:
@@ -191,20 +308,43 @@ def is_name(name: str) -> bool:
     return 1 <= len(name) <= 255 and name.isascii() and name.isprintable()
 
 
-def storage(name: str, numel: int, dtype: str, options: ExportOptions) -> tuple[str, int]:
-    """Codec and bits of a tensor, by the baseline's rule."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuses what the format cannot hold."""
+    dtype, shape = dtype_name(tensor), tuple(tensor.shape)
+    require(is_name(name), f"tensor {name!a}", None, f"{len(name)} characters", "a name of 1..255 printable ASCII ones")
+    dense = dtype in DTYPES and tensor.layout == torch.strided
+    require(dense, f"tensor {name}", None, f"{dtype} {tensor.layout}", f"dense {', '.join(DTYPES)}")
+    sized = len(shape) <= MAX_NDIM and tensor.numel() > 0
+    require(sized, f"tensor {name}", None, f"shape {shape}", f"at most {MAX_NDIM} dims, none of them 0")
+    require(bool(tensor.isfinite().all()), f"tensor {name}", None, "a value that is not finite", "finite values")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def storage(name: str, shape: Sequence[int], dtype: str, options: ExportOptions) -> Choice:
+    """The uniform plan's choice for a tensor, by the baseline's rule; axis `auto` is left to `uniform_choice`."""
     if dtype not in FLOATS:
-        return "raw", 8 * DTYPES[dtype]
+        return Choice("raw")
     if any(part in name for part in CONTROL_NAMES):
-        return "f32", 32
-    bits = options.embed_bits if name in EMBED_NAMES else options.weight_bits
-    return ("f16", 16) if numel <= KEEP_FLOAT_MAX_NUMEL or bits == 16 else ("int", bits)
+        return Choice("f32")
+    bits = options.embed_quantization_bits if name in EMBED_NAMES else options.weight_quantization_bits
+    if math.prod(shape) <= options.int8_keep_float_max_numel or bits == 16:
+        return Choice("f16")
+    axis = options.int8_axis_mode if len(shape) == 2 else "row"
+    return Choice("int", axis, 2 ** (bits - 1) - 1)
 
 
-def better_axis(w: Tensor, bits: int, floor: float) -> str:
+def uniform_choice(name: str, tensor: Tensor, options: ExportOptions) -> Choice:
+    choice = storage(name, tensor.shape, dtype_name(tensor), options)
+    return replace(choice, axis=better_axis(tensor, choice.q_max, options)) if choice.axis == "auto" else choice
+
+
+def better_axis(w: Tensor, q_max: float, options: ExportOptions) -> str:
     """The axis whose rounding loses less; rows win ties, which the order of summation must not decide."""
     row_loss, col_loss = (
-        sum_squares(w.double() - dequantize(*quantize(w, bits, axis, floor), axis)) for axis in AXES)
+        sum_squares(w.double() - dequantize(*quantize(w, q_max, axis, options), axis)) for axis in ("row", "col"))
     return "col" if col_loss < row_loss * (1 - 1e-9) else "row"
 
 
@@ -216,7 +356,7 @@ def stream_of(kind: str, row: PlanRow) -> str:
 def stream_counts(plan: Sequence[PlanRow]) -> dict[str, int]:
     """Stream -> number of values, in the order of the file."""
     counts = {stream_of("codes", row): row.numel for row in plan if row.codec == "int"}
-    for kind in ("scales", "f16", "f32", "raw"):
+    for kind in ("scales", "f16", "f32", "raw", "factors", "index"):
         counts[kind] = sum(row.counts.get(kind, 0) for row in plan)
     return counts
 
@@ -226,21 +366,43 @@ def stream_counts(plan: Sequence[PlanRow]) -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def quantize(w: Tensor, bits: int, axis: str, floor: float) -> tuple[Tensor, Tensor]:
+def quantize(w: Tensor, q_max: float, axis: str, options: ExportOptions) -> tuple[Tensor, Tensor]:
     """Round w to int8 codes in [-q_max, q_max]; the fp16 scales, one per row or per column, are those of the file."""
-    q_max = 2 ** (bits - 1) - 1
     rows = as_rows(w.float(), axis)                             # (slices that own a scale, their weights)
-    clip = clip_magnitude(rows)
-    scale = stored_scale(clip, q_max, floor)
+    clip = clip_magnitude(rows, options.int8_clip_sigmas)
+    scale = stored_scale(clip, q_max, options.int8_scale_floor)
     clipped = torch.maximum(torch.minimum(rows, clip[:, None]), -clip[:, None])
-    codes = (clipped / scale.float()[:, None]).round().clamp(-q_max, q_max).to(torch.int8)
+    limit = math.floor(q_max + 0.5)
+    codes = (clipped / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
     return as_rows(codes, axis).contiguous().view(w.shape), scale
+
+
+def quantize_weighted(w: Tensor, q_max: float, axis: str, costs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Round a matrix by steps that shrink with the square root of what an error costs; four rms are mapped to q_max.
+
+    At high rates the least expected loss for a given entropy has cost x step^2 equal everywhere (reverse water-filling;
+    Cover & Thomas 2006, section 10.3.3). `costs` holds those of rows and of columns, whose product is a weight's.
+    """
+    # Damped as a Hessian's diagonal: what never occurred in the calibration is rare, not free.
+    row, col = ((c + DAMPING * c.mean()).clamp_min(1e-30).rsqrt().float() for c in costs)
+    row = row if axis != "col" else torch.ones_like(row)
+    col = col / col.log().mean().exp() if axis != "row" else torch.ones_like(col)
+    rms = (w.float() / row[:, None] / col).square().mean().sqrt()
+    row = (row * (4 * rms / q_max)).half().clamp(2**-24, 65504)
+    col = col.half().clamp(2**-24, 65504)
+    if axis == "col":       # one scale a column, which takes the tensor's step in
+        col = (col.float() * (4 * rms / q_max)).half().clamp(2**-24, 65504)
+        row = torch.ones_like(row)
+    codes = (w.float() / row.float()[:, None] / col.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
+    return codes, {"row": row, "col": col, "both": torch.cat([row, col])}[axis]
 
 
 def dequantize(codes: Tensor, scale: Tensor, axis: str) -> Tensor:
     """Code x scale in fp32; each product is rounded once, so every machine gets the same bits."""
     if codes.ndim != 2:
         return codes.float() * scale.float().reshape(())
+    if axis == "both":
+        return codes.float() * scale[:codes.shape[0]].float()[:, None] * scale[codes.shape[0]:].float()
     return codes.float() * scale.float().unsqueeze(1 if axis == "row" else 0)
 
 
@@ -251,8 +413,12 @@ def as_rows(w: Tensor, axis: str) -> Tensor:
     return w if axis == "row" else w.T
 
 
-def clip_magnitude(rows: Tensor) -> Tensor:
-    """CLIP_QUANTILE of |w| per row: torch.quantile's value, fp32 rank included, without its sort and its size limit."""
+def clip_magnitude(rows: Tensor, sigmas: float = 0.0) -> Tensor:
+    """`sigmas` root mean squares of each row, or if 0 the CLIP_QUANTILE of |w|: torch.quantile's value, fp32 rank included,
+    without its sort and its size limit.
+    """
+    if sigmas:
+        return sigmas * rows.square().mean(1).sqrt()
     n = rows.shape[1]
     rank = float(np.float32(CLIP_QUANTILE) * np.float32(n - 1))
     below, weight = int(rank), rank - int(rank)
@@ -262,7 +428,7 @@ def clip_magnitude(rows: Tensor) -> Tensor:
     return high - (high - low) * (1 - weight) if weight >= 0.5 else low + (high - low) * weight
 
 
-def stored_scale(clip: Tensor, q_max: int, floor: float) -> Tensor:
+def stored_scale(clip: Tensor, q_max: float, floor: float) -> Tensor:
     """The step that maps clip to q_max, as the fp16 of the file; never zero, and wide enough to reach the clip."""
     scale = (clip / q_max).clamp_min(floor).half().clamp_min(2**-24)    # the least positive fp16, for all-zero rows
     # Below 2^-14 fp16 has few digits: a step rounded down by half a code or more at the clip becomes the next one up.
@@ -274,29 +440,682 @@ def sum_squares(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def store(row: PlanRow, tensor: Tensor, floor: float) -> dict[str, np.ndarray]:
-    """The values of one tensor, by kind of stream."""
+def store(name: str, tensor: Tensor, choice: Choice, options: ExportOptions,
+          costs: tuple[Tensor, Tensor] | None = None) -> Stored:
+    """Carry out a choice: the row and the values of one tensor, before any correction."""
     tensor = tensor.detach().cpu().contiguous()
-    require(bool(tensor.isfinite().all()), f"tensor {row.name}", None, "a value that is not finite", "finite values")
-    if row.codec == "raw":
-        return {"raw": tensor.reshape(-1).numpy().view("u1")}
-    if row.codec == "int":
-        values = dict(zip(("codes", "scales"), quantize(tensor, row.bits, row.axis, floor), strict=True))
+    row = PlanRow(name, tuple(tensor.shape), dtype_name(tensor), choice.codec, choice.axis)
+    if choice.codec == "raw":
+        return Stored(row, {"raw": tensor.reshape(-1).view(torch.uint8).numpy()})
+    if choice.codec != "int":
+        value = tensor.half() if choice.codec == "f16" else tensor.float()
+        return Stored(row, {choice.codec: value.reshape(-1).numpy()})
+    if choice.weighted:
+        assert costs is not None, "weighted steps need costs"
+        codes, scales = quantize_weighted(tensor, choice.q_max, choice.axis, costs)
     else:
-        values = {row.codec: tensor.half() if row.codec == "f16" else tensor.float()}
-    return {kind: value.reshape(-1).numpy() for kind, value in values.items()}
+        codes, scales = quantize(tensor, choice.q_max, choice.axis, options)
+    return Stored(row, {"codes": codes.reshape(-1).numpy(), "scales": scales.numpy()})
 
 
 def restore(row: PlanRow, values: Mapping[str, np.ndarray]) -> Tensor:
     """The tensor that a reader gets; the writer takes its error figures from here too."""
     if row.codec == "raw":
         return torch.from_numpy(np.frombuffer(values["raw"].tobytes(), row.dtype).copy()).view(row.shape)
-    parts = {kind: torch.from_numpy(array) for kind, array in values.items()}
-    if row.codec == "int":
-        tensor = dequantize(parts["codes"].view(row.shape), parts["scales"], row.axis)
-    else:
-        tensor = parts[row.codec].view(row.shape)
+    parts = {kind: torch.from_numpy(np.ascontiguousarray(array)) for kind, array in values.items() if kind != "index"}
+    if row.codec != "int":
+        return parts[row.codec].view(row.shape).to(getattr(torch, row.dtype))
+    own = sum(row.scale_counts)
+    tensor = dequantize(parts["codes"].view(row.shape), parts["scales"][:own], row.axis)
+    if row.rank:
+        for a, b in zip(*restore_factors(row, parts, own), strict=True):
+            tensor = tensor + a[:, None] * b
+    if row.kept != "none":
+        at = torch.from_numpy(values["index"].astype(np.int64))
+        kept = parts["f16"][-math.prod(row.kept_shape):].float().view(row.kept_shape)
+        view = {"rows": tensor, "cols": tensor.T, "entries": tensor.view(-1)}[row.kept]
+        view[at] = kept
     return tensor.to(getattr(torch, row.dtype))
+
+
+def restore_factors(row: PlanRow, parts: Mapping[str, Tensor], own_scales: int) -> tuple[Tensor, Tensor]:
+    """Factors a (rank, rows) and b (rank, cols) of a correction, fp32."""
+    (rows, cols), rank = row.shape, row.rank
+    split = rank * rows
+    if row.factors == "f16":
+        values = parts["f16"][:split + rank * cols].float()
+        return values[:split].view(rank, rows), values[split:].view(rank, cols)
+    scales, packed = parts["scales"][own_scales:].float(), parts["factors"]
+    if row.factors == "int8":
+        a, b = packed[:split].view(torch.int8).view(rank, rows), packed[split:].view(torch.int8).view(rank, cols)
+        return a.float() * scales[:rank, None], b.float() * scales[rank:, None]
+    a_bytes = -(-split // 4)
+    a, b = unpack_bits(packed[:a_bytes], 2)[:split], unpack_bits(packed[a_bytes:], 4)[:rank * cols]
+    b_scales = scales[1:].repeat_interleave(LQER_GROUP)[:rank * cols]
+    return (a.float() * scales[0]).view(rank, rows), (b.float() * b_scales).view(rank, cols)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Two's-complement codes of 2 or 4 bits in bytes, the first code lowest."""
+    per = 8 // bits
+    codes = torch.nn.functional.pad(codes.to(torch.int16) & (2**bits - 1), (0, -codes.numel() % per)).view(-1, per)
+    return (codes << (bits * torch.arange(per))).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    digits = (packed[:, None].to(torch.int16) >> (bits * torch.arange(8 // bits))) & (2**bits - 1)
+    return torch.where(digits >= 2 ** (bits - 1), digits - 2**bits, digits).view(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Expected loss: what an error in a tensor costs, from calibration statistics, a measured map, or its size alone.
+# ----------------------------------------------------------------------------------------------------------------------
+
+DAMPING = 0.01          # share of the mean that is added to each cost, as to a Hessian's diagonal
+
+
+@dataclass(frozen=True)
+class Term:
+    """One use of a matrix (out, in). To second order an error e of it costs 0.5 * sum_i rows[i] (e moment e^T)_ii nats a
+    token: Fisher information, Kronecker-factored, of which the output side keeps the diagonal (Martens & Grosse 2015, arXiv
+    1503.05671, section 3). With rows = 1 this is the layer-wise objective of GPTQ (arXiv 2210.17323, equation 1).
+    """
+    rows: Tensor                # (out,) mean square of the gradient by each output, nats^2
+    moment: Tensor              # (in, in) mean of x x^T over the inputs x
+    transposed: bool = False    # the use is of the transposed matrix
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration tokens say about the matrices of one model."""
+    weights: str                            # `weights_digest` of the model
+    tokens: int
+    terms: Mapping[str, tuple[Term, ...]]   # name of a matrix -> its uses
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over names and values: statistics and maps belong to one set of weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        t = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
+    from safetensors.torch import save  # only files of statistics and checkpoints need it
+
+    tensors, uses = {}, {}
+    for name, terms in statistics.terms.items():
+        uses[name] = [term.transposed for term in terms]
+        for k, term in enumerate(terms):
+            tensors |= {f"{name}|{k}|rows": term.rows.contiguous(), f"{name}|{k}|moment": term.moment.contiguous()}
+    about = {"weights": statistics.weights, "tokens": statistics.tokens, "uses": uses}
+    write_atomically(Path(path), save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
+
+
+def read_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """Raises ArtifactError for whatever is no file of `save_statistics`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = json.loads((file.metadata() or {})["calibration"])
+            terms = {
+                name: tuple(Term(file.get_tensor(f"{name}|{k}|rows"), file.get_tensor(f"{name}|{k}|moment"), bool(transposed))
+                            for k, transposed in enumerate(uses))
+                for name, uses in about["uses"].items()}
+        found = Statistics(str(about["weights"]), int(about["tokens"]), terms)
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
+        reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
+        raise ArtifactError("calibration statistics", None, reason, "a file of `export.py calibrate`") from None
+    for name, uses in found.terms.items():
+        for term in uses:
+            fits = term.moment.ndim == 2 and term.moment.shape[0] == term.moment.shape[1] and term.rows.ndim == 1
+            sound = fits and bool(term.rows.isfinite().all()) and bool(term.moment.isfinite().all())
+            shapes = f"rows {tuple(term.rows.shape)}, moment {tuple(term.moment.shape)}"
+            require(sound, f"calibration statistics of {name}", None, shapes, "finite (out,) and (in, in)")
+    return found
+
+
+def check_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> None:
+    """Raises ArtifactError when they are of other weights."""
+    found, wanted = statistics.weights, weights_digest(state)
+    require(found == wanted, "calibration statistics", None, f"those of other weights ({found})",
+            f"those of these ({wanted}); make them again with `export.py calibrate`")
+    for name, t in state.items():
+        if t.ndim == 2 and t.is_floating_point() and not is_control(name):
+            uses = statistics.terms.get(name)
+            require(uses is not None, "calibration statistics", None, f"none of {name}", "those of every matrix")
+            for term in uses or ():
+                size = (term.rows.numel(), term.moment.shape[0])
+                shape = tuple(reversed(t.shape)) if term.transposed else tuple(t.shape)
+                require(size == shape, f"calibration statistics of {name}", None, size, shape)
+
+
+def is_control(name: str) -> bool:
+    return any(part in name for part in CONTROL_NAMES)
+
+
+def expected_loss(error: Tensor, terms: Iterable[Term]) -> float:
+    """Increase of the loss by `error` (out, in) in nats a token."""
+    total = 0.0
+    for term in terms:
+        e = (error.T if term.transposed else error).float()
+        total += 0.5 * float((e @ term.moment * e).sum(1).double() @ term.rows.double())
+    return total
+
+
+def weight_costs(terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    """Costs of rows (out,) and of columns (in,): the margins of the expected loss of single weights' errors."""
+    row, col = torch.zeros(()), torch.zeros(())
+    for term in terms:
+        inputs = term.moment.diagonal()
+        first, second = (inputs, term.rows) if term.transposed else (term.rows, inputs)
+        row, col = row + first * second.mean(), col + second * first.mean()
+    return row, col
+
+
+class Judge:
+    """Says what an error in a tensor costs, in nats a token where it knows: by a measured map, by calibration statistics, or
+    else by the error's squared size relative to the tensor's mean square (then in no unit).
+    """
+
+    def __init__(self, statistics: Statistics | None = None, sensitivity: SensitivityMap | None = None):
+        self.statistics, self.sensitivity = statistics, sensitivity
+
+    def terms(self, name: str) -> tuple[Term, ...]:
+        return self.statistics.terms.get(name, ()) if self.statistics else ()
+
+    def loss(self, name: str, w: Tensor, error: Tensor) -> float:
+        relative = sum_squares(error) / max(sum_squares(w), 1e-300)
+        if self.sensitivity is not None:
+            return self.sensitivity.loss(name, relative)
+        terms = self.terms(name)
+        return expected_loss(error, terms) if terms else relative * w.numel()
+
+
+@dataclass(frozen=True)
+class SensitivityMap:
+    """Measured by scripts/sensitivity.py: for each matrix the squared relative errors of its quantisation at several widths,
+    and the loss increase of each in nats a token.
+    """
+    points: Mapping[str, tuple[tuple[float, float], ...]]      # ascending by error
+
+    def loss(self, name: str, relative: float) -> float:
+        """Interpolated on logarithmic axes; beyond the ends in proportion to the squared error."""
+        errors, nats = (np.array(side) for side in zip(*self.points[name], strict=True))
+        at = float(np.clip(relative, errors[0], errors[-1]))
+        value = math.exp(np.interp(math.log(max(at, 1e-300)), np.log(errors), np.log(nats)))
+        return value * relative / at if at else 0.0
+
+
+def read_sensitivity(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> SensitivityMap:
+    """A map of a model with these matrices, measured on training tokens. Raises ArtifactError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        split, tensors = found["split"], found["tensors"]
+        points = {}
+        for name, entry in tensors.items():
+            pairs = sorted((float(p["relative_error"]), float(p["nats"])) for p in entry["points"])
+            slope = np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0])
+            # Fine quantisation can help by chance: such points, and points below a tenth of the line, lie on it.
+            points[name] = tuple((e, max(nats, 0.1 * slope * e, 1e-300)) for e, nats in pairs if e > 0)
+        shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
+        reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
+        raise ArtifactError("sensitivity map", None, reason, "a JSON file of scripts/sensitivity.py") from None
+    require(split == "train", "sensitivity map", None, f"one measured on the {split} split",
+            "one measured on training tokens (--split train): validation data must not shape an artifact")
+    wanted = {name: tuple(t.shape) for name, t in state.items()
+              if t.ndim == 2 and t.is_floating_point() and not is_control(name)}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        require(shapes.get(name) == wanted.get(name) and bool(points.get(name)), f"sensitivity map, tensor {name}", None,
+                shapes.get(name, "nothing"), f"{wanted.get(name, 'nothing')}: the map is of another model")
+    return SensitivityMap(points)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corrections: low-rank factors and kept values, added where they remove most expected loss a byte.
+# ----------------------------------------------------------------------------------------------------------------------
+
+TARGETS = {     # INT8_TARGETED_RESIDUAL_MODE -> (substrings of the names, blocks)
+    "off": (("",), None), "all_mlp_proj": (("mlp.proj.",), None), "early_mlp_proj": (("mlp.proj.",), 4),
+    "all_attn_proj": (("attn.proj.",), None), "early_proj_combo": (("mlp.proj.", "attn.proj."), 4),
+}
+KEPT_SHARES = {"rows": 1 / 64, "cols": 1 / 64, "entries": 1 / 1024}     # what a plan may keep of a matrix: all or none of it
+
+
+def is_target(name: str, mode: str) -> bool:
+    """Whether a tensor may have a correction."""
+    parts, blocks = TARGETS[mode]
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return any(part in name for part in parts) and (blocks is None or (block is not None and int(block[1]) < blocks))
+
+
+def low_rank(error: Tensor, terms: Sequence[Term], rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """Factors a (rank, out), b (rank, in) such that sum_k a_k b_k^T removes the most expected loss from `error` (out, in).
+
+    One direction after the other by power iteration on e H e^T D, D = diag(rows) and H = moment: its leading eigenvector u
+    with b = u^T e is the leading singular pair of D^(1/2) e H^(1/2) (weighted low-rank approximation; Eckart & Young 1936
+    for D = H = I, where it is the SVD's). Several uses add up inside the iteration; their common b is that of the sum of
+    their row costs. The start is the row of the largest weighted norm, so nothing is random.
+    """
+    uses = [t for t in terms if not t.transposed] or [Term(torch.ones(error.shape[0]), torch.eye(error.shape[1]))]
+    cost = sum((t.rows for t in uses), torch.zeros(())).clamp_min(1e-30)
+    rest, a, b = error.float(), [], []
+    for _ in range(min(rank, *error.shape)):
+        u = torch.zeros(error.shape[0])
+        u[int(((rest * rest).sum(1) * cost).argmax())] = 1.0
+        for _ in range(iterations):
+            u = sum((rest @ (t.moment @ (rest.T @ (t.rows * u))) for t in uses), torch.zeros(()))
+            u = u / u.norm().clamp_min(1e-30)
+        v = rest.T @ (cost * u) / (cost * u * u).sum().clamp_min(1e-30)
+        rest = rest - u[:, None] * v
+        size = v.norm().clamp_min(1e-30).sqrt()
+        a.append(u * size)
+        b.append(v / size)
+    return torch.stack(a), torch.stack(b)
+
+
+def store_factors(error: Tensor, terms: Sequence[Term], a: Tensor, b: Tensor, kind: str) -> dict[str, Tensor]:
+    """The factors as the file will hold them; b is fitted once more to what is left of a after rounding."""
+    if kind == "f16":
+        return {"f16": torch.cat([a.half().reshape(-1), b.half().reshape(-1)])}
+    bits, grid = (8, 127.0) if kind == "int8" else (2, 1.5)
+    scale = a.abs().amax(1) if kind == "int8" else a.abs().amax().reshape(1)
+    scale = (scale / grid).half().clamp_min(2**-24)
+    codes = (a / scale.float()[:, None]).round().clamp(-(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1)
+    stored = codes * scale.float()[:, None]
+    cost = sum((t.rows for t in terms if not t.transposed), torch.zeros(())).expand(a.shape[1]).clamp_min(1e-30)
+    normal = (stored * cost) @ stored.T
+    normal = normal + 1e-6 * normal.diagonal().mean().clamp_min(1e-30) * torch.eye(len(a))
+    b = torch.linalg.solve(normal.double(), ((stored * cost) @ error.float()).double()).float()
+    if kind == "int8":
+        b_scale = (b.abs().amax(1) / 127).half().clamp_min(2**-24)
+        b_codes = (b / b_scale.float()[:, None]).round().clamp(-127, 127)
+        values = torch.cat([codes.reshape(-1), b_codes.reshape(-1)]).to(torch.int8).view(torch.uint8)
+        return {"factors": values, "scales": torch.cat([scale, b_scale])}
+    groups = torch.nn.functional.pad(b.reshape(-1), (0, -b.numel() % LQER_GROUP)).view(-1, LQER_GROUP)
+    b_scale = (groups.abs().amax(1) / 7.5).half().clamp_min(2**-24)
+    b_codes = (groups / b_scale.float()[:, None]).round().clamp(-8, 7).reshape(-1)[:b.numel()]
+    values = torch.cat([pack_bits(codes.reshape(-1), 2), pack_bits(b_codes, 4)])
+    return {"factors": values, "scales": torch.cat([scale, b_scale])}
+
+
+def corrected(stored: Stored, error: Tensor, terms: Sequence[Term], a: Tensor, b: Tensor, kind: str) -> Stored:
+    """`stored` with a correction of its error."""
+    row, values = replace(stored.row, rank=len(a), factors=kind), dict(stored.values)
+    for stream, part in store_factors(error, terms, a, b, kind).items():
+        own = values.get(stream, np.zeros(0, STREAM_TYPES[stream]))
+        values[stream] = np.concatenate([own, part.numpy()])
+    return Stored(row, values)
+
+
+def keeping(stored: Stored, w: Tensor, error: Tensor, terms: Sequence[Term], kind: str) -> Stored:
+    """`stored` with the slices or entries of the largest expected loss kept in half precision, their codes zero."""
+    row_cost, col_cost = weight_costs(terms) if terms else (torch.ones(w.shape[0]), torch.ones(w.shape[1]))
+    loss = error.float().square() * row_cost[:, None] * col_cost
+    loss = {"rows": loss.sum(1), "cols": loss.sum(0), "entries": loss.view(-1)}[kind]
+    count = max(1, int(loss.numel() * KEPT_SHARES[kind]))
+    at = loss.topk(count).indices.sort().values
+    codes = torch.from_numpy(stored.values["codes"].copy()).view(w.shape)
+    view, source = {"rows": (codes, w), "cols": (codes.T, w.T), "entries": (codes.view(-1), w.reshape(-1))}[kind]
+    view[at] = 0
+    values = {**stored.values, "codes": codes.reshape(-1).numpy(), "index": at.numpy().astype(np.uint32),
+              "f16": source[at].half().reshape(-1).numpy()}
+    return Stored(replace(stored.row, kept=kind, kept_count=count), values)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way to store a tensor: what it takes and leaves."""
+    stored: Stored
+    nbytes: int         # beyond the plain one
+    loss: float         # expected
+
+
+def offers(plain: Stored, w: Tensor, judge: Judge, options: ExportOptions, keep: bool) -> list[Offer]:
+    """The plain tensor first, then every correction that the options allow and that lowers the expected loss."""
+    error = w.double() - restore(plain.row, plain.values).double()
+    found, terms = [Offer(plain, 0, judge.loss(plain.row.name, w, error))], judge.terms(plain.row.name)
+    ways: list[Stored] = [keeping(plain, w, error, terms, kind) for kind in KEPT_SHARES] if keep else []
+    if options.int8_residual_rank and is_target(plain.row.name, options.int8_targeted_residual_mode):
+        a, b = low_rank(error, terms, options.int8_residual_rank, options.int8_residual_power_iters)
+        kinds = FACTORS if options.int8_residual_storage == "auto" else (options.int8_residual_storage,)
+        ways += [corrected(plain, error, terms, a[:r], b[:r], kind) for r in range(1, len(a) + 1) for kind in kinds]
+    for way in ways:
+        left = judge.loss(plain.row.name, w, w.double() - restore(way.row, way.values).double())
+        if left < found[0].loss:
+            extra = {kind: n - plain.row.counts.get(kind, 0) for kind, n in way.row.counts.items()}
+            nbytes = sum(n * np.dtype(STREAM_TYPES[kind]).itemsize for kind, n in extra.items())
+            found.append(Offer(way, nbytes, left))
+    return found
+
+
+def hull(offered: Sequence[Offer]) -> list[Offer]:
+    """The offers on the lower convex hull of loss over bytes: each next one removes less loss a byte than the one before."""
+    kept: list[Offer] = []
+    for offer in sorted(offered, key=lambda o: (o.nbytes, o.loss)):
+        while kept and (offer.loss < kept[-1].loss) and len(kept) > 1 and slope(kept[-2], offer) >= slope(kept[-2], kept[-1]):
+            kept.pop()
+        if not kept or offer.loss < kept[-1].loss:
+            kept.append(offer)
+    return kept
+
+
+def slope(a: Offer, b: Offer) -> float:
+    """Loss removed a byte by going from a to b."""
+    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
+
+
+def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float) -> dict[str, Stored]:
+    """Take offers, the most loss removed a byte first, while they fit the budget and remove more than `price`."""
+    steps = sorted(
+        ((-slope(a, b), name, k) for name, way in offered.items()
+         for k, (a, b) in enumerate(zip(way[:-1], way[1:], strict=True))))
+    taken = dict.fromkeys(offered, 0)
+    for negative, name, k in steps:
+        cost = offered[name][k + 1].nbytes - offered[name][k].nbytes
+        if taken[name] == k and cost <= budget and -negative > price:
+            taken[name], budget = k + 1, budget - cost
+    return {name: offered[name][k].stored for name, k in taken.items()}
+
+
+def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: Judge, options: ExportOptions,
+            price: float | None) -> dict[str, Stored]:
+    """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere, only
+    what is worth it, kept values included.
+    """
+    rank, budget = options.int8_residual_rank, options.int8_residual_budget_bytes
+    found = {
+        name: hull(offers(stored, state[name].detach().cpu(), judge, options, keep=price is not None))
+        for name, stored in tensors.items() if stored.row.codec == "int" and len(stored.row.shape) == 2
+        and (price is not None or (rank and is_target(name, options.int8_targeted_residual_mode)))}
+    cheapest = min((way[1].nbytes for way in found.values() if len(way) > 1), default=0)
+    if rank and price is None and cheapest > budget:
+        raise ValueError(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
+    return {**tensors, **spend(found, budget if price is None else MAX_RAW_BYTES, price or 0.0)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Symmetries: reorderings that leave the network's function as it is; the file stores none of them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """Units that may change places. Each place is (tensor, dim, positions (units, width) of the units on that dim).
+
+    What may be exchanged in a GPT of this program, when every tensor that touches a unit follows:
+    - hidden units of an MLP, because relu^2 is elementwise: rows of fc, columns of mlp.proj;
+    - key/value heads, each with its group of query heads, and query heads inside a group, q_gain included;
+    - value dimensions of a key/value head: rows of c_v, columns of attn.proj at all heads of its group;
+    - dimensions of the residual stream, on which RMSNorm is symmetric and all else elementwise or linear;
+    - dimensions of a factorised embedding.
+    Query/key dimensions may not: the pair (i, i + C/2) turns by an angle of its own per position, so two pairs are no
+    equals, and exchanging the two of a pair is a reflection, which turns the rotation by the distance d into the one by -d
+    (q^T S R(d) S k = q^T R(-d) k). Only common rotations of a pair's two rows in q and k remain, quarter turns among them.
+    """
+    kind: str
+    places: tuple[tuple[str, int, Tensor], ...]
+
+    @property
+    def units(self) -> int:
+        return len(self.places[0][2])
+
+    def index(self, place: tuple[str, int, Tensor], order: Tensor, size: int) -> Tensor:
+        """Where each position of the place's dim comes from when the units stand in `order`."""
+        index, positions = torch.arange(size), place[2]
+        index[positions.reshape(-1)] = positions[order].reshape(-1)
+        return index
+
+    def apply(self, order: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        changed = dict(state)
+        for place in self.places:
+            name, dim, _ = place
+            changed[name] = changed[name].index_select(dim, self.index(place, order, changed[name].shape[dim]))
+        return changed
+
+    def apply_to_statistics(self, order: Tensor, statistics: Statistics, state: Mapping[str, Tensor]) -> Statistics:
+        terms = dict(statistics.terms)
+        for place in self.places:
+            name, dim, _ = place
+            if name in terms:
+                index = self.index(place, order, state[name].shape[dim])
+                terms[name] = tuple(
+                    replace(t, rows=t.rows[index]) if (dim == 0) != t.transposed
+                    else replace(t, moment=t.moment[index][:, index]) for t in terms[name])
+        return replace(statistics, terms=terms)
+
+
+def find_symmetries(state: Mapping[str, Tensor], mode: str) -> list[Symmetry]:
+    """Those of the state that EXPORT_PERMUTE=mlp or all may use; none for a state that is no GPT of this program."""
+    blocks = sorted({int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))})
+    found = []
+    for b in blocks:
+        fc, proj = f"blocks.{b}.mlp.fc.weight", f"blocks.{b}.mlp.proj.weight"
+        if fc in state and proj in state:
+            hidden = torch.arange(state[fc].shape[0])[:, None]
+            found.append(Symmetry("mlp", ((fc, 0, hidden), (proj, 1, hidden))))
+        if mode == "all" and f"blocks.{b}.attn.q_gain" in state:
+            found += head_symmetries(state, f"blocks.{b}.attn.")
+    return found + (stream_symmetries(state) if mode == "all" and blocks else [])
+
+
+def head_symmetries(state: Mapping[str, Tensor], at: str) -> list[Symmetry]:
+    q, k, v, proj, gain = (at + name for name in ("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "q_gain"))
+    heads = state[gain].numel()
+    width = state[q].shape[0] // heads
+    groups = state[k].shape[0] // width
+    rows = torch.arange(heads * width).view(groups, -1)                 # of the query heads of each group
+    kv_rows = torch.arange(groups * width).view(groups, width)
+    gains = torch.arange(heads).view(groups, -1)
+    found = [Symmetry("kv_head", ((q, 0, rows), (k, 0, kv_rows), (v, 0, kv_rows), (gain, 0, gains), (proj, 1, rows)))]
+    for g in range(groups):
+        own = rows[g].view(-1, width)                                   # (heads of the group, width)
+        found.append(Symmetry("query_head", ((q, 0, own), (gain, 0, gains[g][:, None]), (proj, 1, own))))
+        found.append(Symmetry("value", ((v, 0, kv_rows[g][:, None]), (proj, 1, own.T))))
+    return [s for s in found if s.units > 1]
+
+
+def stream_symmetries(state: Mapping[str, Tensor]) -> list[Symmetry]:
+    """The residual stream, and the narrow side of a factorised embedding."""
+    factorised = "embed_proj.weight" in state
+    dims = {"skip_weights": 1, "attn_scale": 0, "mlp_scale": 0, "resid_mix": 1, "c_q.weight": 1, "c_k.weight": 1,
+            "c_v.weight": 1, "fc.weight": 1, "proj.weight": 0, "lm_head.weight": 1}
+    dims |= {"embed_proj.weight": 0} if factorised else {"tok_emb.weight": 1}
+    ends = {name: dim for name in state for end, dim in dims.items()
+            if name == end or name.endswith(f".{end}") or (end == "embed_proj.weight" and name == end)}
+    size = {state[name].shape[dim] for name, dim in ends.items()}
+    if len(size) != 1:
+        return []
+    units = torch.arange(size.pop())[:, None]
+    found = [Symmetry("stream", tuple((name, dim, units) for name, dim in sorted(ends.items())))]
+    if factorised:
+        narrow = torch.arange(state["embed_proj.weight"].shape[1])[:, None]
+        found.append(Symmetry("embedding", (("tok_emb.weight", 1, narrow), ("embed_proj.weight", 1, narrow))))
+    return found
+
+
+def orderings(symmetry: Symmetry, codes: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Orders worth measuring: ascending mean |code| over all places, over each of the largest places, and a chain of
+    nearest neighbours in L1.
+    """
+    profiles = []
+    for name, dim, positions in symmetry.places:
+        if name in codes:
+            matrix = codes[name].float() if dim == 0 else codes[name].float().T
+            profiles.append(matrix[positions].reshape(symmetry.units, -1))
+    if not profiles:
+        return
+    profiles.sort(key=lambda p: -p.shape[1])
+    sizes = [p.abs().mean(1) for p in profiles]
+    yield torch.stack([s * p.shape[1] for s, p in zip(sizes, profiles, strict=True)]).sum(0).argsort(stable=True)
+    for size in sizes[:2]:
+        yield size.argsort(stable=True)
+    left = torch.cdist(profiles[0], profiles[0], p=1)
+    left.fill_diagonal_(math.inf)
+    at, chain = int(sizes[0].argmin()), []
+    for _ in range(symmetry.units):
+        chain.append(at)
+        left[:, at] = math.inf
+        at = int(left[at].argmin())
+    yield torch.tensor(chain)
+
+
+def permuted(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], statistics: Statistics | None, mode: str,
+             gains: dict[str, int]) -> tuple[dict[str, Tensor], Statistics | None]:
+    """The state (and its statistics) in the order whose codes take the fewest bytes, symmetry by symmetry. `tensors` holds
+    the codes of the given order; `gains` counts the bytes saved by kind of symmetry.
+    """
+    state, now = dict(state), {n: s for n, s in tensors.items() if s.row.codec == "int" and len(s.row.shape) == 2}
+    for symmetry in find_symmetries(state, mode):
+        touched = [name for name in dict.fromkeys(name for name, _, _ in symmetry.places) if name in now]
+        codes = {name: torch.from_numpy(now[name].values["codes"]).view(now[name].row.shape) for name in touched}
+        before = best = sum(coded_bytes(now[name]) for name in touched)
+        chosen = None
+        for order in orderings(symmetry, codes):
+            moved = {name: moved_codes(symmetry, order, now[name]) for name in touched}
+            nbytes = sum(map(coded_bytes, moved.values()))
+            if nbytes < best:
+                best, chosen = nbytes, (order, moved)
+        gains[symmetry.kind] = gains.get(symmetry.kind, 0) + before - best
+        if chosen is not None:
+            order, moved = chosen
+            now |= moved
+            if statistics is not None:
+                statistics = symmetry.apply_to_statistics(order, statistics, state)
+            state = symmetry.apply(order, state)
+    return state, statistics
+
+
+def coded_bytes(stored: Stored) -> int:
+    return len(pack_codes(stored, thorough=False)[2])
+
+
+def moved_codes(symmetry: Symmetry, order: Tensor, stored: Stored) -> Stored:
+    """Codes and scales of one tensor in the new order."""
+    row = stored.row
+    codes = stored.values["codes"].reshape(row.shape)
+    scales = list(np.split(stored.values["scales"], [row.scale_counts[0]]))
+    for place in symmetry.places:
+        if place[0] == row.name:
+            dim = place[1]
+            index = symmetry.index(place, order, row.shape[dim]).numpy()
+            codes = codes.take(index, axis=dim)
+            scales[dim] = scales[dim][index] if scales[dim].size else scales[dim]
+    return Stored(row, {"codes": codes.reshape(-1), "scales": np.concatenate(scales)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Allocation: the steps of all tensors from one price of a byte.
+# ----------------------------------------------------------------------------------------------------------------------
+
+ANCHORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 127.0)     # q_max at which bytes and loss are measured
+STEPS_PER_OCTAVE = 32                                       # between them both are interpolated, on logarithmic axes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each choice for one tensor takes and loses; only those that no other choice beats in both."""
+    choices: list[Choice]
+    nbytes: np.ndarray      # ascending
+    loss: np.ndarray        # descending
+
+
+def rate_curve(name: str, w: Tensor, judge: Judge, options: ExportOptions) -> Curve:
+    """Measure the choices for one tensor: by the deflated size of codes and scales, and the judge's view of the error."""
+    w = w.detach().cpu()
+    points: list[tuple[float, float, Choice]] = []
+    half = store(name, w, Choice("f16"), options)
+    points.append((len(pack_stream([half.values["f16"]])[1]), judged(judge, w, half), Choice("f16")))
+    if is_control(name) or w.ndim < 2:
+        full = store(name, w, Choice("f32"), options)
+        points.append((len(pack_stream([full.values["f32"]])[1]), 0.0, Choice("f32")))
+        if is_control(name):
+            points = points[:1] if options.export_allocate != "uniform" and math.isfinite(points[0][1]) else points[1:]
+    costs = weight_costs(judge.terms(name)) if judge.terms(name) else None
+    if not is_control(name):
+        for choice in int_choices(name, w, costs is not None, options):
+            points += interpolated(name, w, choice, costs, judge, options)
+    points.sort(key=lambda p: (p[0], p[1]))
+    lowest, front = math.inf, []
+    for point in points:
+        if point[1] < lowest:
+            lowest = point[1]
+            front.append(point)
+    nbytes, loss, choices = zip(*front, strict=True)
+    return Curve(list(choices), np.array(nbytes, np.float64), np.array(loss))
+
+
+def judged(judge: Judge, w: Tensor, stored: Stored) -> float:
+    left = restore(stored.row, stored.values)
+    return judge.loss(stored.row.name, w, w.double() - left.double()) if bool(left.isfinite().all()) else math.inf
+
+
+def int_choices(name: str, w: Tensor, with_costs: bool, options: ExportOptions) -> list[Choice]:
+    """The families of steps that an allocation compares; the uniform plan's alone where nothing says what errors cost."""
+    if w.ndim != 2:
+        return [Choice("int")]
+    if options.export_allocate == "uniform":
+        axis = options.int8_axis_mode
+        return [Choice("int", better_axis(w, 127, options) if axis == "auto" else axis)]
+    return [Choice("int", "row"), Choice("int", "col")] + (
+        [Choice("int", axis, weighted=True) for axis in AXES] if with_costs else [])
+
+
+def interpolated(name: str, w: Tensor, family: Choice, costs: tuple[Tensor, Tensor] | None, judge: Judge,
+                 options: ExportOptions) -> list[tuple[float, float, Choice]]:
+    """(bytes, loss, choice) along one family: measured at ANCHORS, interpolated between."""
+    nbytes, loss = [], []
+    for q_max in ANCHORS:
+        stored = store(name, w, replace(family, q_max=q_max), options, costs)
+        layout = layouts_of(stored.row)[-1]     # by scale, for matrices
+        coded = pack_codes(stored, [layout], thorough=False)[2]
+        nbytes.append(len(coded) + len(pack_stream([stored.values["scales"]])[1]))
+        loss.append(max(judged(judge, w, stored), 1e-300))
+    octaves = np.arange(0, np.log2(ANCHORS[-1]), 1 / STEPS_PER_OCTAVE)
+    log_loss = np.interp(octaves, np.log2(ANCHORS), np.log(loss))
+    sizes = np.interp(octaves, np.log2(ANCHORS), nbytes)
+    return [(float(n), math.exp(g), replace(family, q_max=float(2**o)))
+            for n, g, o in zip(sizes, log_loss, octaves, strict=True)]
+
+
+def solve(curves: Mapping[str, Curve], budget: float) -> tuple[dict[str, int], float]:
+    """(the choice for each tensor, loss a byte at the margin) of the least total loss within the budget.
+
+    Each tensor minimises loss + price x bytes by itself and the price is bisected (Shoham & Gersho 1988); what is left of the budget goes to the single upgrades that remove most loss a byte. Where even the smallest choices
+    exceed the budget these are the answer.
+    """
+    def pick(price: float) -> dict[str, int]:
+        return {name: int((c.loss + price * c.nbytes).argmin()) for name, c in curves.items()}
+
+    def size(at: Mapping[str, int]) -> float:
+        return sum(curves[name].nbytes[k] for name, k in at.items())
+
+    low, high = -80.0, 80.0                                 # ln of the price: below low everything is at its finest
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(pick(math.exp(middle))) > budget else (low, middle)
+    at, price = pick(math.exp(high)), math.exp(high)
+    left = budget - size(at)
+    while left > 0:
+        best = (0.0, "", 0)
+        for name, c in curves.items():
+            k = at[name]
+            more = c.nbytes[k + 1:] - c.nbytes[k]
+            fits = int(np.searchsorted(more, left, side="right"))
+            if fits:
+                rates = (c.loss[k] - c.loss[k + 1:k + 1 + fits]) / np.maximum(more[:fits], 1e-9)
+                best = max(best, (float(rates.max()), name, k + 1 + int(rates.argmax())))
+        if best[0] <= 0:
+            break
+        left -= curves[best[1]].nbytes[best[2]] - curves[best[1]].nbytes[at[best[1]]]
+        at[best[1]] = best[2]
+    return at, price
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,7 +1125,7 @@ def restore(row: PlanRow, values: Mapping[str, np.ndarray]) -> Tensor:
 # Measured on int8 codes of normal weights, above their order-0 entropy: Huffman-only 0.6 % at 7.4 bits a code and 1.5 %
 # at 3.2, where level 9 has 0.9 and 16.5 %. Filtered wins where zeros come in runs, the default on header and scales.
 STRATEGIES = (zlib_ng.Z_HUFFMAN_ONLY, zlib_ng.Z_FILTERED, zlib_ng.Z_DEFAULT_STRATEGY)
-MAX_DEFAULT_STRATEGY_BYTES = 2**16      # beyond, filtered is as good within 0.2 %; trying both takes twice as long
+MAX_DEFAULT_STRATEGY_BYTES = 2**16      # beyond, filtered is as good as the default within 0.2 %
 
 
 def to_planes(values: np.ndarray) -> bytes:
@@ -320,12 +1139,75 @@ def from_planes(raw: bytes, dtype: str) -> np.ndarray:
 
 
 def deflate(raw: bytes) -> bytes:
-    """The smallest raw deflate stream; memory level 9 halves the number of Huffman tables (-0.2 % on int8 codes)."""
-    tries = []
-    for strategy in STRATEGIES if len(raw) <= MAX_DEFAULT_STRATEGY_BYTES else STRATEGIES[:-1]:
-        packer = zlib_ng.compressobj(9, zlib_ng.DEFLATED, -zlib_ng.MAX_WBITS, 9, strategy)
-        tries.append(packer.compress(raw) + packer.flush())
-    return min(tries, key=len)
+    """The smallest raw deflate stream of a few strategies; of a long one those that win on its start."""
+    start = raw[:MAX_DEFAULT_STRATEGY_BYTES]
+    tries = {strategy: deflate_by(start, strategy) for strategy in STRATEGIES}
+    if len(start) == len(raw):
+        return min(tries.values(), key=len)
+    best = min(STRATEGIES[:-1], key=lambda strategy: len(tries[strategy]))
+    return deflate_by(raw, best)
+
+
+def deflate_by(raw: bytes, strategy: int) -> bytes:
+    """Memory level 9 halves the number of Huffman tables (-0.2 % on int8 codes)."""
+    packer = zlib_ng.compressobj(9, zlib_ng.DEFLATED, -zlib_ng.MAX_WBITS, 9, strategy)
+    return packer.compress(raw) + packer.flush()
+
+
+def to_digits(codes: np.ndarray, limit: int) -> np.ndarray:
+    """Codes of -limit..limit as digits in base 2 limit + 1, several to a byte: deflate spends at least a bit on a symbol."""
+    base, per = 2 * limit + 1, digits_per_byte(limit)
+    digits = np.zeros(-(-codes.size // per) * per, np.uint8)
+    digits[:codes.size] = codes + limit
+    return (digits.reshape(-1, per) * base ** np.arange(per)).sum(1).astype(np.uint8)
+
+
+def from_digits(packed: np.ndarray, limit: int, count: int) -> np.ndarray:
+    base, per = 2 * limit + 1, digits_per_byte(limit)
+    digits = packed[:, None] // base ** np.arange(per) % base
+    return (digits.reshape(-1)[:count] - limit).astype(np.int8)
+
+
+def digits_per_byte(limit: int) -> int:
+    per = 1
+    while (2 * limit + 1) ** (per + 1) <= 256:
+        per += 1
+    return per
+
+
+def code_order(row: PlanRow, layout: str, scales: np.ndarray) -> np.ndarray:
+    """Positions of a matrix's codes in the order of its stream."""
+    by_rows, axis = np.arange(row.numel), LAYOUTS.index(layout) % 2
+    if len(row.shape) != 2 or layout == "rows":
+        return by_rows
+    slices = by_rows.reshape(row.shape) if axis == 0 else by_rows.reshape(row.shape).T
+    if layout.endswith("by_scale"):
+        own = scales[:row.shape[0]] if axis == 0 else scales[row.scale_counts[0]:][:row.shape[1]]
+        slices = slices[np.argsort(own, kind="stable")]
+    return slices.reshape(-1)
+
+
+def layouts_of(row: PlanRow) -> list[str]:
+    """Those that a tensor can have; the reader derives the order from the scales, so sorting costs nothing."""
+    if len(row.shape) != 2:
+        return ["rows"]
+    n_row, n_col = row.scale_counts
+    return ["rows", "cols"] + ["rows_by_scale"] * bool(n_row) + ["cols_by_scale"] * bool(n_col)
+
+
+def pack_codes(stored: Stored, layouts: Sequence[str] = (), thorough: bool = True) -> tuple[str, int, bytes]:
+    """(layout, method, coded bytes), the smallest of the layouts; a quick look tries Huffman codes alone."""
+    row, codes = stored.row, stored.values["codes"].reshape(-1)
+    limit, tries = int(np.abs(codes).max()), []
+    for layout in layouts or layouts_of(row):
+        own = codes if layout == "rows" else codes[code_order(row, layout, stored.values["scales"])]
+        raws = [(DEFLATE, own.tobytes())]
+        if 1 <= limit <= MAX_RADIX_CODE:
+            raws.append((DEFLATE + limit, to_digits(own, limit).tobytes()))
+        for method, raw in raws if thorough else raws[-1:]:
+            coded = deflate(raw) if thorough else deflate_by(raw, zlib_ng.Z_HUFFMAN_ONLY)
+            tries.append((layout, method, coded) if len(coded) < len(own) else (layout, STORED, own.tobytes()))
+    return min(tries, key=lambda t: len(t[2]))
 
 
 def inflate(coded: bytes, raw_bytes: int, field: str, offset: int) -> bytes:
@@ -391,47 +1273,64 @@ def parse_meta(text: bytes, field: str, offset: int | None) -> dict[str, Any]:
     return meta
 
 
-def pack_header(meta: bytes, scale_floor: float, plan: tuple[PlanRow, ...], table: Iterable[tuple[int, int]]) -> bytes:
+def pack_header(meta: bytes, plan: tuple[PlanRow, ...], table: Iterable[tuple[int, int]]) -> bytes:
     """The header before deflate; the table holds (method, coded bytes) of each stream."""
-    parts = [struct.pack("<I", len(meta)), meta, struct.pack("<fH", scale_floor, len(plan))]
+    parts = [struct.pack("<I", len(meta)), meta, struct.pack("<H", len(plan))]
     for row in plan:
         name, ndim = row.name.encode("ascii"), len(row.shape)
-        kinds = (list(DTYPES).index(row.dtype), CODECS.index(row.codec), row.bits, ndim, AXES.index(row.axis))
-        parts += [struct.pack("B", len(name)), name, struct.pack(f"<5B{ndim}I", *kinds, *row.shape)]
+        kinds = (tuple(DTYPES).index(row.dtype), CODECS.index(row.codec), AXES.index(row.axis), LAYOUTS.index(row.layout),
+                 KEPT.index(row.kept), row.rank, FACTORS.index(row.factors))
+        parts += [struct.pack("B", len(name)), name, struct.pack(f"<7BIB{ndim}I", *kinds, row.kept_count, ndim, *row.shape)]
     return b"".join(parts + [struct.pack("<BI", *entry) for entry in table])
 
 
-def parse_header(raw: bytes) -> tuple[dict[str, Any], float, tuple[PlanRow, ...], list[tuple[int, int]]]:
-    """(meta, scale_floor, plan, table): every field bounded, nothing left over."""
+def parse_header(raw: bytes) -> tuple[dict[str, Any], tuple[PlanRow, ...], list[tuple[int, int]]]:
+    """(meta, plan, table): every field bounded, nothing left over."""
     cursor = Cursor(raw)
     text = cursor.take(cursor.number("<I", "header.meta_bytes", 2, MAX_HEADER_BYTES), "header.meta")
     meta = parse_meta(text, "header.meta", 4)
     require(pack_meta(meta) == text, "header.meta", 4, "another spelling", "canonical JSON")
-    scale_floor = cursor.number("<f", "header.scale_floor", 0.0, 1.0)
     plan: list[PlanRow] = []
     for i in range(cursor.number("<H", "header.rows", 0, MAX_TENSORS)):
         plan.append(parse_row(cursor, f"header.row[{i}]", plan[-1].name if plan else ""))
     check_total(plan, cursor.at)
-    table = [(cursor.number("B", f"header.table[{stream}].method", STORED, DEFLATE),
-              cursor.number("<I", f"header.table[{stream}].coded_bytes", 0, 2**32 - 1))
-             for stream in stream_counts(plan)]
+    table = []
+    for stream in stream_counts(plan):
+        most = DEFLATE + MAX_RADIX_CODE if stream.startswith("codes:") else DEFLATE
+        table.append((cursor.number("B", f"header.table[{stream}].method", STORED, most),
+                      cursor.number("<I", f"header.table[{stream}].coded_bytes", 0, 2**32 - 1)))
     require(cursor.at == len(raw), "header", cursor.at, f"{len(raw) - cursor.at} bytes after its last field", "none")
-    return meta, scale_floor, tuple(plan), table
+    return meta, tuple(plan), table
 
 
 def parse_row(cursor: Cursor, field: str, previous_name: str) -> PlanRow:
+    def kind(name: str, among: Sequence[str], allowed: Sequence[str]) -> str:
+        start = cursor.at
+        value = str(among[cursor.number("B", f"{field}.{name}", 0, len(among) - 1)])
+        require(value in allowed, f"{field}.{name}", start, value, ", ".join(allowed))
+        return value
+
     size = cursor.number("B", f"{field}.name_bytes", 1, 255)
     start, name = cursor.at, cursor.take(size, f"{field}.name").decode("latin-1")
     require(is_name(name), f"{field}.name", start, ascii(name), "printable ASCII")
     require(name > previous_name, f"{field}.name", start, ascii(name), f"a name after {previous_name!a}")
-    dtype = tuple(DTYPES)[cursor.number("B", f"{field}.dtype", 0, len(DTYPES) - 1)]
-    codec = CODECS[cursor.number("B", f"{field}.codec", *((0, 2) if dtype in FLOATS else (3, 3)))]
-    low, high = {"int": (2, 8), "f16": (16, 16), "f32": (32, 32), "raw": (8 * DTYPES[dtype],) * 2}[codec]
-    bits = cursor.number("B", f"{field}.bits", low, high)
+    dtype = kind("dtype", tuple(DTYPES), tuple(DTYPES))
+    codec = kind("codec", CODECS, CODECS[:3] if dtype in FLOATS else CODECS[3:])
+    tail = cursor.at                    # what the next fields may be depends on the shape, which follows them
+    cursor.take(struct.calcsize("<5BI"), f"{field}.axis")
     ndim = cursor.number("B", f"{field}.ndim", 0, MAX_NDIM)
-    axis = AXES[cursor.number("B", f"{field}.axis", 0, 1 if codec == "int" and ndim == 2 else 0)]
     shape = tuple(cursor.number("<I", f"{field}.dims[{d}]", 1, MAX_RAW_BYTES) for d in range(ndim))
-    return PlanRow(name, shape, dtype, codec, bits, axis)
+    end, cursor.at, matrix = cursor.at, tail, codec == "int" and ndim == 2
+    axis = kind("axis", AXES, AXES if matrix else AXES[:1])
+    bare = PlanRow(name, shape, dtype, codec, axis)
+    layout = kind("layout", LAYOUTS, layouts_of(bare) if matrix else LAYOUTS[:1])
+    kept = kind("kept", KEPT, KEPT if matrix else KEPT[:1])
+    rank = cursor.number("B", f"{field}.rank", 0, min(MAX_RANK, *shape) if matrix else 0)
+    factors = kind("factors", FACTORS, FACTORS if rank else FACTORS[:1])
+    most = {"none": 0, "rows": shape[0], "cols": shape[1], "entries": bare.numel}[kept] if matrix else 0
+    count = cursor.number("<I", f"{field}.kept_count", min(most, 1), most)
+    cursor.at = end
+    return replace(bare, layout=layout, kept=kept, kept_count=count, rank=rank, factors=factors)
 
 
 def check_total(plan: Iterable[PlanRow], offset: int | None) -> None:
@@ -478,22 +1377,40 @@ def pack_stream(arrays: list[np.ndarray]) -> tuple[int, bytes]:
 def parse_stream(body: bytes, method: int, stream: str, count: int, offset: int) -> np.ndarray:
     """The values of one stream."""
     dtype = STREAM_TYPES[stream.partition(":")[0]]
-    raw_bytes, most = count * np.dtype(dtype).itemsize, MAX_DEFLATE_RATIO * len(body)
+    limit, raw_bytes = method - DEFLATE, count * np.dtype(dtype).itemsize
     if method == STORED:
         require(len(body) == raw_bytes, stream, offset, f"{len(body)} stored bytes", raw_bytes)
         return from_planes(body, dtype)
+    if limit:
+        raw_bytes = -(-count // digits_per_byte(limit))
+    most = MAX_DEFLATE_RATIO * len(body)
     require(1 <= raw_bytes <= most, stream, offset, f"{raw_bytes} bytes in {len(body)} deflated", f"1..{most}")
-    return from_planes(inflate(body, raw_bytes, stream, offset), dtype)
+    raw = inflate(body, raw_bytes, stream, offset)
+    if not limit:
+        return from_planes(raw, dtype)
+    packed = np.frombuffer(raw, np.uint8)
+    codes, largest = from_digits(packed, limit, count), (2 * limit + 1) ** digits_per_byte(limit) - 1
+    sound = packed.max() <= largest and (to_digits(codes, limit) == packed).all()
+    require(sound, stream, offset, f"bytes up to {packed.max()}, or digits after the last code", f"at most {largest}, zeros")
+    return codes
 
 
-def parse_tensor(row: PlanRow, values: Mapping[str, np.ndarray], offsets: Mapping[str, int]) -> Tensor:
-    """Restore one tensor from streams that may say anything."""
+def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[str, int]) -> Tensor:
+    """Restore one tensor from streams that may say anything; its codes come out in row order."""
     if row.codec == "int":
-        low, high, q_max = int(values["codes"].min()), int(values["codes"].max()), 2 ** (row.bits - 1) - 1
-        stream, scales = stream_of("codes", row), values["scales"]
-        require(-q_max <= low and high <= q_max, stream, offsets[stream], f"{low}..{high}", f"{-q_max}..{q_max}")
+        scales, stream = values["scales"], stream_of("codes", row)
         sound = (np.isfinite(scales) & (scales > 0)).all()
         require(sound, f"scales of {row.name}", offsets["scales"], f"{scales.min()}..{scales.max()}", "finite, above 0")
+        low = int(values["codes"].min())
+        require(low >= -MAX_CODE, stream, offsets[stream], low, f"{-MAX_CODE}..{MAX_CODE}")
+        codes = np.empty(row.numel, np.int8)
+        codes[code_order(row, row.layout, scales)] = values["codes"]
+        values["codes"] = codes
+    if row.kept != "none":
+        at = values["index"].astype(np.int64)
+        most = row.numel if row.kept == "entries" else row.shape[KEPT.index(row.kept) - 1]
+        ascending = (np.diff(at, prepend=-1) > 0).all() and at[-1] < most
+        require(ascending, f"index of {row.name}", offsets["index"], f"{at.min()}..{at.max()}", f"ascending, below {most}")
     if row.dtype == "bool":
         high = int(values["raw"].max())
         require(high <= 1, f"raw of {row.name}", offsets["raw"], high, "0 or 1")
@@ -514,12 +1431,36 @@ class SizeReport:
     total_bytes: int
     parts: dict[str, int]       # in the order of the file, summing exactly to total_bytes
     weights: int                # elements of all tensors
-    floored_share: float        # of the quantised weights: those whose step sits at scale_floor
+    floored_share: float        # of the quantised weights: those whose step sits at INT8_SCALE_FLOOR
     rms_error: float            # of the quantised weights, relative to their own rms
+    planned_bytes: int = 0      # what an allocation expected the total to be; 0 = there was none
+    expected_nats: float | None = None          # loss increase that its statistics or map expect, nats a token
+    permutation_gains: dict[str, int] = field(default_factory=dict)     # bytes saved by kind of symmetry
+    note: str = ""              # which lever ran out, if one did
 
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.total_bytes / max(self.weights, 1)
+
+    def lines(self) -> list[str]:
+        """What an export says beside its size."""
+        error = self.total_bytes / self.planned_bytes - 1 if self.planned_bytes else 0.0
+        nats = "" if self.expected_nats is None else f" expected_loss_increase:{self.expected_nats:.6f}"
+        gains = " ".join(f"{kind}:{nbytes}" for kind, nbytes in self.permutation_gains.items())
+        return [text for shown, text in (
+            (gains, f"permuted: bytes saved {gains}"),
+            (self.planned_bytes, f"allocated: planned {self.planned_bytes} bytes, came to {self.total_bytes} ({error:+.2%}){nats}"),
+            (self.note, f"warning: {self.note}"),
+        ) if shown]
+
+
+@dataclass
+class Export:
+    """An export before and after it is bytes."""
+    state: dict[str, Tensor]            # in the order of the file: permuted if that was asked for
+    tensors: dict[str, Stored]
+    data: bytes
+    report: SizeReport
 
 
 @dataclass
@@ -527,45 +1468,114 @@ class Artifact:
     meta: dict[str, Any]
     plan: tuple[PlanRow, ...]
     state: dict[str, Tensor]
-    parts: dict[str, int]       # in the order of the file, summing exactly to its length
-    scale_floor: float          # of the quantiser that made it, for `verify`
+    parts: dict[str, int]                           # in the order of the file, summing exactly to its length
+    values: dict[str, dict[str, np.ndarray]]        # tensor -> its values by kind of stream
 
 
 def encode_artifact(
-    state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions
-) -> tuple[bytes, SizeReport]:
-    """The bytes of the file, and what they cost and lose."""
-    return encode_plan(state, meta, make_plan(state, options), options.scale_floor)
+    state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, *,
+    statistics: Statistics | None = None, sensitivity: SensitivityMap | None = None, code_bytes: int = 0,
+) -> Export:
+    """The bytes of the file, and what they cost and lose. `statistics` weigh errors; EXPORT_ALLOCATE=hessian needs them as
+    =sensitivity needs its map. The total that is fitted to the cap includes `code_bytes`. Raises ArtifactError, ValueError.
+    """
+    if faults := options.problems():
+        raise ValueError("; ".join(faults))
+    for needed, given in (("hessian", statistics), ("sensitivity", sensitivity)):
+        if options.export_allocate == needed and given is None:
+            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {'calibration statistics' if statistics is None else 'a map'}")
+    require(len(state) <= MAX_TENSORS, "state", None, f"{len(state)} tensors", f"at most {MAX_TENSORS}")
+    for name in state:
+        check_tensor(name, state[name])
+    if statistics is not None:
+        check_statistics(statistics, state)
+    state = {name: state[name].detach().cpu() for name in sorted(state)}
+    meta = {**meta, "export": options.changed} if options.changed else dict(meta)
+    if options.solves:
+        return fitted(state, meta, options, statistics, sensitivity, code_bytes)
+    choices = {name: uniform_choice(name, t, options) for name, t in state.items()}
+    return carried_out(state, meta, options, choices, Judge(statistics), None)
 
 
-def encode_plan(
-    state: Mapping[str, Tensor], meta: Mapping[str, Any], plan: tuple[PlanRow, ...], scale_floor: float
-) -> tuple[bytes, SizeReport]:
-    """Carry out a plan, whoever made it."""
-    assert [row.name for row in plan] == sorted(state), "the plan's rows are exactly the state's tensors"
-    require(len(plan) <= MAX_TENSORS, "state", None, f"{len(plan)} tensors", f"at most {MAX_TENSORS}")
-    check_total(plan, None)
-    arrays: dict[str, list[np.ndarray]] = {stream: [] for stream in stream_counts(plan)}
+def carried_out(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, choices: Mapping[str, Choice],
+                judge: Judge, price: float | None) -> Export:
+    """Quantise by the choices, reorder, correct, write."""
+    def quantised() -> dict[str, Stored]:
+        return {name: store(name, t, choices[name], options, weight_costs(terms) if (terms := judge.terms(name)) else None)
+                for name, t in state.items()}
+
+    tensors, gains = quantised(), {}
+    if options.export_permute != "off":
+        state, statistics = permuted(state, tensors, judge.statistics, options.export_permute, gains)
+        judge = Judge(statistics, judge.sensitivity)
+        tensors = quantised()
+    return assembled(state, meta, options, correct(tensors, state, judge, options, price), gains)
+
+
+def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored],
+              gains: dict[str, int]) -> Export:
+    """The bytes of stored tensors."""
+    check_total((s.row for s in tensors.values()), None)
     quantised, floored, error, energy = 0, 0.0, 0.0, 0.0
-    for row in plan:
-        stored, w = store(row, state[row.name], scale_floor), state[row.name].detach().cpu()
-        restored = restore(row, stored)
+    coded: dict[str, tuple[int, bytes]] = {}
+    for name, stored in tensors.items():
+        w, restored = state[name], restore(stored.row, stored.values)
         if not bool(restored.isfinite().all()):
             peak = float(w.double().abs().max())
-            raise ArtifactError(f"tensor {row.name}", None, f"magnitudes up to {peak:g}", f"what {row.codec} can hold")
-        for kind, values in stored.items():
-            arrays[stream_of(kind, row)].append(values)
-        if row.codec == "int":
-            at_floor = float((stored["scales"] <= np.float16(scale_floor)).mean())
-            quantised, floored = quantised + row.numel, floored + row.numel * at_floor
+            raise ArtifactError(f"tensor {name}", None, f"magnitudes up to {peak:g}", f"what {stored.row.codec} can hold")
+        if stored.row.codec == "int":
+            layout, method, body = pack_codes(stored)
+            stored.row, coded[stream_of("codes", stored.row)] = replace(stored.row, layout=layout), (method, body)
+            at_floor = float((stored.values["scales"] <= np.float16(options.int8_scale_floor)).mean())
+            quantised, floored = quantised + w.numel(), floored + w.numel() * at_floor
             error, energy = error + sum_squares(w.double() - restored), energy + sum_squares(w)
-    methods, bodies = zip(*map(pack_stream, arrays.values()), strict=True)
-    table = list(zip(methods, map(len, bodies), strict=True))
-    data, header_bytes = frame(pack_header(pack_meta(dict(meta)), scale_floor, plan, table), bodies)
-    parts = part_bytes(header_bytes, arrays, table)
+    plan = tuple(s.row for s in tensors.values())
+    for stream in list(stream_counts(plan))[len(coded):]:
+        coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
+    table = [(method, len(body)) for method, body in coded.values()]
+    data, header_bytes = frame(pack_header(pack_meta(dict(meta)), plan, table), (body for _, body in coded.values()))
+    parts = part_bytes(header_bytes, coded, table)
     assert sum(parts.values()) == len(data)
     rms_error = math.sqrt(error / energy) if energy else 0.0
-    return data, SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error)
+    report = SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error,
+                        permutation_gains=gains)
+    return Export(state, tensors, data, report)
+
+
+def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics | None,
+           sensitivity: SensitivityMap | None, code_bytes: int) -> Export:
+    """The export of least expected loss whose bytes and `code_bytes` end within FIT_WINDOW_BYTES below the cap."""
+    allocates = options.export_allocate != "uniform"
+    if allocates:
+        options = replace(options, int8_scale_floor=0.0)
+    judge = Judge(statistics, sensitivity)
+    view = judge if allocates else Judge()
+    curves = {name: rate_curve(name, t, view, options) for name, t in state.items() if dtype_name(t) in FLOATS}
+    high = options.artifact_cap_bytes - code_bytes
+    low, best, overhead, planned = high - FIT_WINDOW_BYTES, None, 0.0, 0.0
+    aim = high - min(FIT_WINDOW_BYTES / 4, high / 200)
+    for _ in range(6):
+        at, price = solve(curves, aim - overhead)
+        choices = {name: curves[name].choices[at[name]] if name in curves else Choice("raw") for name in state}
+        nbytes = sum(c.nbytes[at[name]] for name, c in curves.items())
+        export = carried_out(state, meta, options, choices, judge, price if allocates else None)
+        total, planned = len(export.data), nbytes + overhead
+        done = planned and abs(total - planned) <= 0.005 * total
+        if total <= high and (best is None or total > len(best[0].data)):
+            best = export, planned, sum(c.loss[at[name]] for name, c in curves.items())
+        smallest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
+        if (low <= total <= high and done) or (smallest and total > high) or (finest and total < low):
+            break
+        overhead = total - nbytes
+    if best is None:
+        raise ArtifactError("plan", None, f"{len(export.data)} bytes at its coarsest beside {code_bytes} of code",
+                            f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
+    export, planned, loss = best
+    note = "" if len(export.data) >= low else "below the window: every tensor is at its finest" + (
+        f" that INT8_SCALE_FLOOR={options.int8_scale_floor:.6g} allows" if options.int8_scale_floor else "")
+    expected = float(loss) if allocates else None
+    export.report = replace(export.report, planned_bytes=round(planned), expected_nats=expected, note=note)
+    return export
 
 
 def part_bytes(header_bytes: int, streams: Iterable[str], table: Iterable[tuple[int, int]]) -> dict[str, int]:
@@ -576,33 +1586,32 @@ def part_bytes(header_bytes: int, streams: Iterable[str], table: Iterable[tuple[
 def decode_artifact(data: bytes) -> Artifact:
     """The state, bit for bit as the encoder reconstructed it."""
     raw_header, start = unframe(data)
-    meta, scale_floor, plan, table = parse_header(raw_header)
+    meta, plan, table = parse_header(raw_header)
     counts, end = stream_counts(plan), len(data) - CHECKSUM_BYTES
     total = sum(coded_bytes for _, coded_bytes in table)
     require(start + total == end, "streams", start, f"{total} bytes in the table", f"{end - start} up to the checksum")
-    values, offsets, at = {}, {}, start
+    streams, offsets, at = {}, {}, start
     for (stream, count), (method, coded_bytes) in zip(counts.items(), table, strict=True):
-        values[stream] = parse_stream(data[at:at + coded_bytes], method, stream, count, at)
+        streams[stream] = parse_stream(data[at:at + coded_bytes], method, stream, count, at)
         offsets[stream], at = at, at + coded_bytes
-    used, state = dict.fromkeys(counts, 0), {}
+    used, state, values = dict.fromkeys(counts, 0), {}, {}
     for row in plan:
-        own = {}
+        own = values[row.name] = {}
         for kind, count in row.counts.items():
             stream = stream_of(kind, row)
-            own[kind] = values[stream][used[stream]:used[stream] + count]
+            own[kind] = streams[stream][used[stream]:used[stream] + count]
             used[stream] += count
         state[row.name] = parse_tensor(row, own, offsets)
     assert used == counts
-    return Artifact(meta, plan, state, part_bytes(start - FIXED.size, counts, table), scale_floor)
+    return Artifact(meta, plan, state, part_bytes(start - FIXED.size, counts, table), values)
 
 
-def save_artifact(
-    path: str | os.PathLike[str], state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions
-) -> SizeReport:
-    """Write the file, whole or not at all."""
-    data, report = encode_artifact(state, meta, options)
-    write_atomically(Path(path), data)
-    return report
+def save_artifact(path: str | os.PathLike[str], state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions,
+                  **given: Any) -> Export:
+    """Write the file, whole or not at all; `given` as for `encode_artifact`."""
+    export = encode_artifact(state, meta, options, **given)
+    write_atomically(Path(path), export.data)
+    return export
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -625,42 +1634,59 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     return decode_artifact(Path(path).read_bytes())
 
 
-def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions) -> int:
-    """The size of a trained model's artifact from its shapes alone, within 2 %.
+def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int = 0) -> int:
+    """The size of a trained model's artifact from its shapes alone; within 1 % unless INT8_SCALE_FLOOR sets the steps.
 
-    It assumes normal weights with one sigma per row and a step that each row's largest weight sets, fp32 tensors, and
-    meta of some 400 bytes; `auto` counts as rows. Under a floor other than 0 an undertrained model comes out smaller,
-    because the floor and not the largest weight sets its steps.
+    It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows. Under a
+    floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its steps. An
+    export that fits itself to the cap is predicted where it will aim, as far as its coarsest and finest plans allow.
     """
+    if options.solves:
+        finest, coarsest = (
+            predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
+                                            int8_clip_sigmas=0.0, int8_keep_float_max_numel=numel), q_max)
+            for numel, q_max in ((2**62, None), (1024, 1.0)))
+        return round(min(max(options.artifact_cap_bytes - code_bytes - FIT_WINDOW_BYTES / 4, coarsest), finest))
+    return round(predicted_bytes(shapes, options, None))
+
+
+def predicted_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, q_max: float | None) -> float:
+    """The sum over tensors; `q_max` replaces that of the options."""
     total = FIXED.size + CHECKSUM_BYTES + 500.0                 # 500: meta and the rest of the deflated header
     for name, shape in shapes.items():
-        numel = math.prod(shape)
-        codec, bits = storage(name, numel, "float32", options)
+        numel, choice = math.prod(shape), storage(name, shape, "float32", options)
         total += 7                                              # a plan row, deflated
-        if codec == "int":
-            n_scales = shape[options.axis_mode == "col"] if len(shape) == 2 else 1
-            bits_a_code, table_bytes = code_statistics(numel // n_scales, bits)
-            total += min(numel * bits_a_code / 8 + math.ceil(numel / 2**15) * table_bytes, numel)
+        if choice.codec == "int":
+            n_scales = shape[choice.axis == "col"] if len(shape) == 2 else 1
+            bits_a_code, per_byte, table_bytes = code_statistics(
+                numel // n_scales, q_max or choice.q_max, options.int8_clip_sigmas)
+            tables = math.ceil(numel / per_byte / 2**15) * table_bytes
+            total += min(numel * bits_a_code / 8 + tables, numel)
             total += 1.3 * n_scales                             # a mantissa byte each; the exponents are alike
         else:
-            total += numel * {"f16": 1.75, "f32": 3.2}[codec]   # trained controls after planes and deflate
-    return round(total)
+            total += numel * {"f16": 1.75, "f32": 3.2}[choice.codec]    # trained controls after planes and deflate
+    extra = options.int8_residual_budget_bytes if options.int8_residual_rank else 0
+    return total + extra
 
 
 @lru_cache(maxsize=1024)
-def code_statistics(n: int, bits: int) -> tuple[float, float]:
-    """(bits a code, bytes a Huffman table) when deflate codes rows of n normals rounded by the step max|x| / q_max."""
-    q_max, normal, slices = 2 ** (bits - 1) - 1, NormalDist(), 16
-    shares = np.zeros(q_max + 1)                                # of codes by magnitude, over slices of max|x|'s law
+def code_statistics(n: int, q_max: float, sigmas: float) -> tuple[float, int, float]:
+    """(bits a code, codes a byte, bytes a Huffman table) when deflate codes rows of n normals, rounded by the step
+    max|x| / q_max, or sigmas / q_max where sigmas is not 0.
+    """
+    limit, normal, slices = math.floor(q_max + 0.5), NormalDist(), 1 if sigmas else 16
+    shares = np.zeros(limit + 1)                                # of codes by magnitude, over slices of max|x|'s law
     for i in range(slices):
-        step = normal.inv_cdf((1 + ((i + 0.5) / slices) ** (1 / n)) / 2) / q_max
-        below = [2 * normal.cdf((code + 0.5) * step) - 1 for code in range(q_max)] + [1.0]
+        clip = sigmas or normal.inv_cdf((1 + ((i + 0.5) / slices) ** (1 / n)) / 2)
+        below = [2 * normal.cdf((code + 0.5) * clip / q_max) - 1 for code in range(limit)] + [1.0]
         shares += np.diff(below, prepend=0.0) / slices
     codes = np.concatenate([shares[:0:-1] / 2, shares[:1], shares[1:] / 2])
-    entropy = -float(codes @ np.log2(np.maximum(codes, 1e-300)))
-    symbols = float((1 - np.exp(-(2**15) * codes)).sum())       # that a block of 2^15 codes holds
-    # Where most codes are 0, at 2 bits, matches beat a Huffman code of single symbols; 1.32 was measured there.
-    return min(huffman_bits(codes), 1.32 * entropy), 20 + 0.2 * symbols
+    per_byte = digits_per_byte(limit) if limit <= MAX_RADIX_CODE else 1
+    symbols = codes
+    for _ in range(per_byte - 1):
+        symbols = np.outer(symbols, codes).reshape(-1)
+    held = float((1 - np.exp(-(2**15) * symbols)).sum())        # that a block of 2^15 symbols holds
+    return huffman_bits(symbols) / per_byte, per_byte, 20 + 0.2 * held
 
 
 def huffman_bits(shares: np.ndarray) -> float:
@@ -809,7 +1835,7 @@ def packed_code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line: write, inspect, eval, verify.
+# Command line: one function a verb.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -819,20 +1845,35 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def write_verb(args: argparse.Namespace) -> int:
-    options = ExportOptions(args.axis_mode, args.scale_floor, args.weight_bits, args.embed_bits)
+    options = ExportOptions(**{f.name: getattr(args, f.name) for f in fields(ExportOptions)})
     if faults := options.problems():
         raise ValueError("; ".join(faults))
     state, meta = read_with_meta(args.checkpoint, args.knob)
-    report = save_artifact(args.output, state, meta, options)
+    report = save_artifact(args.output, state, meta, options, **given_for(args, state)).report
+    print("\n".join(report.lines()))
     print(f"wrote:{args.output} total_bytes:{report.total_bytes} bits_per_weight:{report.bits_per_weight:.4f} "
           f"rms_error:{report.rms_error:.6f} floored_share:{report.floored_share:.4f}")
     return 0
 
 
+def given_for(args: argparse.Namespace, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the files on the command line say about a model."""
+    import train_gpt
+
+    return {"statistics": read_statistics(args.statistics) if args.statistics else None,
+            "sensitivity": read_sensitivity(args.sensitivity, state) if args.sensitivity else None,
+            "code_bytes": train_gpt.code_bytes()}
+
+
+def named_values(knobs: Iterable[str]) -> dict[str, str]:
+    if malformed := [knob for knob in knobs if "=" not in knob]:
+        raise ValueError(f"a knob must be NAME=VALUE, got {', '.join(malformed)}")
+    return dict(knob.split("=", 1) for knob in knobs)
+
+
 def read_with_meta(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, meta) of an artifact or of any checkpoint; `knobs` (NAME=VALUE) complete one that comes without meta."""
-    if malformed := [knob for knob in knobs if "=" not in knob]:
-        raise ValueError(f"--knob must be NAME=VALUE, got {', '.join(malformed)}")
+    values = named_values(knobs)
     with open(path, "rb") as file:
         is_artifact = file.read(len(MAGIC)) == MAGIC
     if is_artifact:
@@ -843,7 +1884,7 @@ def read_with_meta(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict
     if meta is None:
         import train_gpt
 
-        return state, train_gpt.meta_from_state(state, dict(knob.split("=", 1) for knob in knobs))
+        return state, train_gpt.meta_from_state(state, values)
     if knobs:
         raise ValueError(f"{path} carries its configuration, which --knob {', '.join(knobs)} cannot change")
     return state, meta
@@ -854,14 +1895,17 @@ def inspect_verb(args: argparse.Namespace) -> int:
     total = sum(artifact.parts.values())
     if args.json:
         plan = [asdict(row) for row in artifact.plan]
-        print(json.dumps({"meta": artifact.meta, "scale_floor": artifact.scale_floor, "plan": plan,
-                          "parts": artifact.parts, "total_bytes": total}, indent=1))
+        print(json.dumps({"meta": artifact.meta, "plan": plan, "parts": artifact.parts, "total_bytes": total}, indent=1))
         return 0
-    print(f"meta: {json.dumps(artifact.meta)}\nscale_floor: {artifact.scale_floor:g}\n")
-    print(f"{'codec':5} {'bits':>4} {'axis':4} {'dtype':8} {'shape':>12}  tensor")
+    print(f"meta: {json.dumps(artifact.meta)}\n")
+    print(f"{'codec':5} {'codes':>5} {'axis':4} {'layout':13} {'kept':11} {'rank':7} {'dtype':8} {'shape':>12}  tensor")
     for row in artifact.plan:
         shape = "x".join(map(str, row.shape)) or "scalar"
-        print(f"{row.codec:5} {row.bits:4} {row.axis:4} {row.dtype:8} {shape:>12}  {row.name}")
+        codes = artifact.values[row.name].get("codes")
+        limit = "" if codes is None else f"±{int(np.abs(codes.astype(np.int16)).max())}"
+        kept = "" if row.kept == "none" else f"{row.kept_count} {row.kept}"
+        rank = f"{row.rank} {row.factors}" if row.rank else ""
+        print(f"{row.codec:5} {limit:>5} {row.axis:4} {row.layout:13} {kept:11} {rank:7} {row.dtype:8} {shape:>12}  {row.name}")
     print(f"\n{'bytes':>11} {'share':>7}  part")
     for part, size in (*artifact.parts.items(), ("total", total)):
         print(f"{size:11} {size / total:7.2%}  {part}")
@@ -881,23 +1925,26 @@ def eval_verb(args: argparse.Namespace) -> int:
 
 
 def verify_verb(args: argparse.Namespace) -> int:
-    """Quantise the checkpoint again by the file's own plan: each tensor must come out bit for bit as in the file."""
+    """Export the checkpoint again by the options in the file: each tensor must come out bit for bit as in the file."""
     artifact, (state, _) = load_artifact(args.file), read_checkpoint(args.checkpoint)
-    plan, differing = {row.name: row for row in artifact.plan}, 0
-    for name in sorted(state.keys() | plan.keys()):
-        verdict, note = "differs", f"only in the {'file' if name in plan else 'checkpoint'}"
-        if name in state and name in plan:
-            decoded, original = artifact.state[name], state[name]
+    asked = artifact.meta.get("export", {})
+    unknown = sorted(asked.keys() - {f.name for f in fields(ExportOptions)}) if isinstance(asked, dict) else [asked]
+    require(not unknown, "meta.export", None, unknown, "options of this version")
+    again = encode_artifact(state, artifact.meta, ExportOptions(**asked), **given_for(args, state))
+    names, differing = sorted(again.state.keys() | artifact.state.keys()), 0
+    for name in names:
+        verdict, note = "differs", f"only in the {'file' if name in artifact.state else 'checkpoint'}"
+        if name in again.state and name in artifact.state:
+            decoded, original, stored = artifact.state[name], again.state[name], again.tensors[name]
             note = f"{decoded.dtype} {tuple(decoded.shape)}, in the checkpoint {original.dtype} {tuple(original.shape)}"
             if (decoded.shape, decoded.dtype) == (original.shape, original.dtype):
-                again = restore(plan[name], store(plan[name], original, artifact.scale_floor))
-                verdict = "equal" if same_bits(decoded, again) else "differs"
+                verdict = "equal" if same_bits(decoded, restore(stored.row, stored.values)) else "differs"
                 error = original.double() - decoded.double()
                 rms_error = math.sqrt(sum_squares(error) / max(sum_squares(original), 1e-300))
                 note = f"rms_error:{rms_error:.6f} max_error:{float(error.abs().max()):.3g}"
         differing += verdict == "differs"
         print(f"{verdict:7} {ascii(name)[1:-1]} {note}")
-    print(f"tensors:{len(state.keys() | plan.keys())} differing:{differing}")
+    print(f"tensors:{len(names)} differing:{differing}")
     return 1 if differing else 0
 
 
@@ -905,38 +1952,92 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
+def extract_verb(args: argparse.Namespace) -> int:
+    """Dequantise one tensor (printed, or as the only one of a safetensors file), or all of them."""
+    artifact = load_artifact(args.file)
+    if args.tensor is None and args.to is None:
+        raise ValueError(f"name a tensor or give --to FILE.safetensors; the file holds {', '.join(sorted(artifact.state))}")
+    if args.tensor is not None and args.tensor not in artifact.state:
+        raise ValueError(f"{args.file} holds no tensor {args.tensor!a}, but {', '.join(sorted(artifact.state))}")
+    chosen = artifact.state if args.tensor is None else {args.tensor: artifact.state[args.tensor]}
+    if args.to is None:
+        w = artifact.state[args.tensor]
+        print(f"{args.tensor} {dtype_name(w)} {tuple(w.shape)} mean:{w.double().mean():.6g} rms:{w.double().square().mean().sqrt():.6g}"
+              f" min:{w.min():.6g} max:{w.max():.6g}")
+        torch.set_printoptions(linewidth=120)
+        print(w)
+        return 0
+    from safetensors.torch import save
+
+    held = {name: t.contiguous() for name, t in chosen.items()}
+    write_atomically(Path(args.to), save(held, {"artifact_meta": pack_meta(artifact.meta).decode("ascii")}))
+    print(f"wrote:{args.to} tensors:{len(held)} bytes:{Path(args.to).stat().st_size}")
+    return 0
+
+
+def predict_verb(args: argparse.Namespace) -> int:
+    """The total for the knobs in the environment and on the command line; exit code 2 where a run would refuse to start."""
+    import train_gpt
+
+    cfg, problems = train_gpt.Config.parse({**os.environ, **named_values(args.knob)})
+    if problems:
+        raise ValueError("; ".join(problems))
+    line, refused = train_gpt.predicted_size(cfg)
+    print(line)
+    return 2 if refused else 0
+
+
+def calibrate_verb(args: argparse.Namespace) -> int:
+    import train_gpt
+
+    state, meta = read_with_meta(args.checkpoint, args.knob)
+    statistics = train_gpt.calibrate_state(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
+                                           tokens=args.tokens)
+    save_statistics(args.output, statistics)
+    print(f"wrote:{args.output} tokens:{statistics.tokens} tensors:{len(statistics.terms)}")
+    return 0
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
+    "predict": ("the size of a run's artifact before there is one", predict_verb),
+    "write": ("quantise and compress a checkpoint", write_verb),
+    "calibrate": ("input and gradient statistics of a checkpoint on training tokens", calibrate_verb),
+    "inspect": ("print the plan and the bytes of every part", inspect_verb),
+    "eval": ("validate the model in an artifact or a checkpoint", eval_verb),
+    "extract": ("dequantise one tensor, or all into a safetensors file", extract_verb),
+    "verify": ("export the checkpoint again and compare, tensor by tensor", verify_verb),
+}
+
+
 def command_line() -> argparse.ArgumentParser:
-    defaults = ExportOptions()
     parser = OneLineParser(prog="export.py", description="Tensors to bytes and back.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    write, inspect, evaluate, verify = (verbs.add_parser(name, help=text) for name, text in (
-        ("write", "quantise and compress a checkpoint"),
-        ("inspect", "print the plan and the bytes of every part"),
-        ("eval", "validate the model in an artifact or a checkpoint"),
-        ("verify", "compare the file with its checkpoint, tensor by tensor"),
-    ))
-    write.set_defaults(run=write_verb)
-    write.add_argument("checkpoint")
-    write.add_argument("-o", "--output", required=True)
-    write.add_argument("--axis-mode", default=defaults.axis_mode)
-    write.add_argument("--scale-floor", type=float, default=defaults.scale_floor)
-    write.add_argument("--weight-bits", type=int, default=defaults.weight_bits)
-    write.add_argument("--embed-bits", type=int, default=defaults.embed_bits)
-    for verb in (write, evaluate):
-        verb.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
-    inspect.set_defaults(run=inspect_verb)
-    inspect.add_argument("file")
-    inspect.add_argument("--json", action="store_true")
-    evaluate.set_defaults(run=eval_verb)
-    evaluate.add_argument("file")
-    evaluate.add_argument("--data", required=True, metavar="DIR")
-    evaluate.add_argument("--tokenizer", required=True, metavar="MODEL")
-    evaluate.add_argument("--device", default="auto")
-    evaluate.add_argument("--max-tokens", type=int, default=0, help="0 = the whole validation split")
-    evaluate.add_argument("--batch-tokens", type=int, default=65_536)
-    verify.set_defaults(run=verify_verb)
-    verify.add_argument("file")
-    verify.add_argument("checkpoint")
+    added = parser.add_subparsers(dest="verb", required=True)
+    verbs = {name: added.add_parser(name, help=text) for name, (text, _) in VERBS.items()}
+    for name in ("write", "calibrate"):
+        verbs[name].add_argument("checkpoint")
+        verbs[name].add_argument("-o", "--output", required=True)
+    for name in ("inspect", "eval", "extract", "verify"):
+        verbs[name].add_argument("file")
+    verbs["verify"].add_argument("checkpoint")
+    verbs["inspect"].add_argument("--json", action="store_true")
+    verbs["extract"].add_argument("tensor", nargs="?")
+    verbs["extract"].add_argument("--to", metavar="FILE.safetensors")
+    verbs["predict"].add_argument("knob", nargs="*", metavar="NAME=VALUE", help="as in the environment, and before it")
+    verbs["eval"].add_argument("--max-tokens", type=int, default=0, help="0 = the whole validation split")
+    verbs["eval"].add_argument("--batch-tokens", type=int, default=65_536)
+    verbs["calibrate"].add_argument("--tokens", type=int, default=65_536, help="training tokens")
+    for f in fields(ExportOptions):
+        flag = "--" + f.name.replace("_", "-")
+        verbs["write"].add_argument(flag, type=type(f.default), default=f.default, help=f.metadata["help"].replace("%", "%%"))
+    for name in ("write", "verify"):
+        verbs[name].add_argument("--statistics", metavar="FILE", help="of `calibrate`")
+        verbs[name].add_argument("--sensitivity", metavar="FILE", help="of scripts/sensitivity.py")
+    for name in ("eval", "calibrate"):
+        verbs[name].add_argument("--data", required=True, metavar="DIR")
+        verbs[name].add_argument("--tokenizer", required=True, metavar="MODEL")
+        verbs[name].add_argument("--device", default="auto")
+    for name in ("write", "eval", "calibrate"):
+        verbs[name].add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
     return parser
 
 
@@ -944,7 +2045,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; every fault of the input becomes one line and exit code 2."""
     args = command_line().parse_args(argv)
     try:
-        return args.run(args)
+        return VERBS[args.verb][1](args)
     except (ValueError, OSError) as fault:
         print(f"export.py {args.verb}: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2

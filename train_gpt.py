@@ -30,7 +30,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,17 @@ from export import (
     ArtifactError,
     ExportOptions,
     SizeReport,
+    Statistics,
+    Term,
     decode_artifact,
+    encode_artifact,
+    knob,
     packed_code_bytes,
     predict_artifact_bytes,
+    range_problems,
+    read_sensitivity,
     save_artifact,
+    weights_digest,
     write_atomically,
 )
 
@@ -63,25 +71,6 @@ from export import (
 # ----------------------------------------------------------------------------------------------------------------------
 
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
-
-
-def knob(default: Any, group: str, text: str, *, low: float = 0, choices: Sequence[str] = (), free: bool = False) -> Any:
-    """A Config field with its documentation; a number must be at least `low`, a word one of `choices`, and a `free` knob
-    may change between a checkpoint and its resumption.
-    """
-    return field(default=default, metadata={"group": group, "help": text, "low": low, "choices": choices, "free": free})
-
-
-def range_problems(values: Any, knobs: Sequence[Field[Any]]) -> list[str]:
-    """The numbers among the knobs of `values` that are not finite or too low."""
-    found = []
-    for f in knobs:
-        value, low = getattr(values, f.name), f.metadata["low"]
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{f.name.upper()} must be finite, got {value}")
-        elif not isinstance(value, (bool, str)) and value < low:
-            found.append(f"{f.name.upper()} must be at least {low}, got {value}")
-    return found
 
 
 class ConfigError(ValueError):
@@ -144,7 +133,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Config(ModelShape):
+class Config(ExportOptions, ModelShape):
     """Every knob of a run: the field `iterations` is set by the environment variable ITERATIONS."""
 
     run_id: str = knob("", "Run", "names the folder of all outputs; empty = date, time and four random digits", free=True)
@@ -218,17 +207,14 @@ class Config(ModelShape):
     tied_embed_init_std: float = knob(0.005, "Optimiser", "standard deviation of the initial tied embedding")
     qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation", low=-math.inf)
 
-    int8_axis_mode: str = knob(
-        "row", "Export", "one step a row, a column, or per tensor whichever errs less",
-        choices=("row", "col", "auto"), free=True,
+    calibration_tokens: int = knob(
+        0, "Export", "training tokens, inside the training time, from which the export learns what errors cost; 0 = none",
+        free=True,
     )
-    int8_scale_floor: float = knob(
-        1 / 127, "Export", "smallest quantisation step; the baseline's 1/127 dominates while weights are below 1;"
-        " 0 = steps follow the weights", free=True,
+    sensitivity_map: str = knob("", "Export", "file of scripts/sensitivity.py for EXPORT_ALLOCATE=sensitivity", free=True)
+    artifact_every: int = knob(
+        0, "Export", "steps between measurements of the artifact's size, beside the training; 0 = none", free=True
     )
-    weight_quantization_bits: int = knob(8, "Export", "bits of a matrix weight, 2 to 8; 16 = half precision", free=True)
-    embed_quantization_bits: int = knob(8, "Export", "the same for the embedding and the head", free=True)
-    artifact_cap_bytes: int = knob(16_000_000, "Export", "artifact plus packed code, decimal bytes; 0 = no cap", free=True)
 
     @classmethod
     def parse(cls, env: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -266,20 +252,18 @@ class Config(ModelShape):
 
     @property
     def export_options(self) -> ExportOptions:
-        return ExportOptions(
-            axis_mode=self.int8_axis_mode,
-            scale_floor=self.int8_scale_floor,
-            weight_bits=self.weight_quantization_bits,
-            embed_bits=self.embed_quantization_bits,
-        )
+        return ExportOptions(**{f.name: getattr(self, f.name) for f in fields(ExportOptions)})
 
     def problems(self) -> list[str]:
-        found = range_problems(self, fields(self)[len(fields(ModelShape)):])
+        found = range_problems(self, [f for f in fields(self) if f not in (*fields(ModelShape), *fields(ExportOptions))])
         found += [
             f"{name.upper()} must be in [0, 1), got {getattr(self, name)}"
             for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2") if not 0 <= getattr(self, name) < 1
         ]
         found += self.shape_problems() + self.export_options.problems()
+        for given, allocate in (("calibration_tokens", "hessian"), ("sensitivity_map", "sensitivity")):
+            if self.export_allocate == allocate and not getattr(self, given):
+                found.append(f"EXPORT_ALLOCATE={allocate} needs {given.upper()}")
         if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
@@ -335,7 +319,7 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     """Variables that look like a knob and are none: one of our families' names, or a near miss of a knob's name."""
     known = {f.name.upper() for f in fields(Config)}
     families = (
-        "ARTIFACT_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
+        "ARTIFACT_", "CALIBRATION_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
         "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_",
         "WARMDOWN_", "WARMUP_",
     )
@@ -1318,6 +1302,7 @@ class Job:
     optimizers: list[torch.optim.Optimizer]
     loader: Loader
     clock: Clock
+    gauge: SizeGauge = field(default_factory=lambda: SizeGauge())
     step: int = 0
     last_checkpoint: str = "none was written"
     seconds: dict[str, float] = field(default_factory=dict)
@@ -1494,6 +1479,43 @@ def log_step(job: Job, loss: Tensor, lr: float, elapsed_ms: float) -> None:
     job.folder.metric(kind="train", step=job.step, train_loss=mean, lr_scale=lr, train_ms=elapsed_ms)
 
 
+class SizeGauge:
+    """Measures the true size of an artifact of the weights under way, in a thread beside the training: ARTIFACT_EVERY. Where
+    the plan needs statistics of the final weights, the uniform plan that fits the cap stands in for it.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="size")
+        self.pending: tuple[int, Future[SizeReport]] | None = None
+
+    def measure(self, job: Job) -> None:
+        if not job.rt.master:
+            return
+        if self.pending is not None and not self.pending[1].done():
+            job.folder.log(f"step:{job.step} artifact size not measured: that of step {self.pending[0]} is still under way")
+            return
+        self.finish(job)
+        options, code = job.cfg.export_options, code_bytes()
+        if options.export_allocate != "uniform":
+            options = replace(options, export_allocate="uniform", cap_policy="fit")
+        state = {name: t.detach().cpu().clone() for name, t in job.model.state_dict().items()}
+        self.pending = job.step, self.pool.submit(
+            lambda: encode_artifact(state, job.meta, options, code_bytes=code).report)
+
+    def finish(self, job: Job) -> None:
+        """Logs the measurement under way, once it is done."""
+        if self.pending is not None:
+            (step, future), self.pending = self.pending, None
+            try:
+                size = future.result()
+            except ArtifactError as error:
+                job.folder.log(f"step:{step} artifact size not measured: {error}")
+                return
+            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{size.total_bytes + code_bytes()} "
+                           f"bits_per_weight:{size.bits_per_weight:.3f} rms_error:{size.rms_error:.5f}")
+            job.folder.metric(kind="artifact", step=step, artifact_bytes=size.total_bytes, rms_error=size.rms_error)
+
+
 def train(job: Job) -> EvalResult:
     """Trains to ITERATIONS or the wallclock cap and returns the last validation. Raises TrainingDiverged, Stopped."""
     cfg, watch, stop_at = job.cfg, LossWatch(job), max(job.cfg.iterations, job.step)
@@ -1508,27 +1530,159 @@ def train(job: Job) -> EvalResult:
                 result = validate(job)
                 if last:
                     break
-            lr = lr_scale(cfg, job.step, elapsed_ms)
+            # The calibration ahead counts as spent: it lies inside the training time.
+            lr = lr_scale(cfg, job.step, elapsed_ms + calibration_ms(cfg, job.step, elapsed_ms))
             loss = train_step(job, lr, muon_momentum(cfg, job.step))
             job.step += 1
             watch.push(lr, loss)
             elapsed_ms, signal_number = agree(job, signals)
             bar.update()
-            if cfg.train_log_every and (job.step <= 10 or job.step % cfg.train_log_every == 0 or elapsed_ms >= cap_ms):
+            full = elapsed_ms + calibration_ms(cfg, job.step, elapsed_ms) >= cap_ms
+            if cfg.train_log_every and (job.step <= 10 or job.step % cfg.train_log_every == 0 or full):
                 log_step(job, loss, lr, elapsed_ms)
-            if elapsed_ms >= cap_ms:
+            if full:
                 stop_at = job.step
+            if cfg.artifact_every and job.step % cfg.artifact_every == 0:
+                job.gauge.measure(job)
             if signal_number or (cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0):
                 watch.check()
                 path = job.save()
                 if signal_number:
                     raise Stopped(signal_number, path)
     job.clock.pause()
+    job.gauge.finish(job)
     if job.step < cfg.iterations:
         job.folder.log(
             f"stopping_early: wallclock_cap train_time:{job.clock.total_ms:.0f}ms step:{job.step}/{cfg.iterations}")
     job.seconds["train"] = job.clock.total_ms / 1000
     return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibrate: what an error in each matrix costs, from training tokens.
+# ----------------------------------------------------------------------------------------------------------------------
+
+CALIBRATION_CHUNK_TOKENS = 8192     # tokens a forward and backward pass; the uncompiled model keeps every activation
+
+
+class Calibration:
+    """Second moments of the inputs of each matrix and of the gradients at its outputs, summed over tokens and uses. Labels
+    are drawn from the model: the expectation of the squared gradient is then the Fisher information, which bounds how the
+    loss curves (Martens 2020, arXiv 1412.1193, section 9), where the data's labels would add the noise of their errors.
+    """
+
+    def __init__(self, model: GPT, rt: Runtime, seed: int):
+        self.model, self.rt, self.tokens = model, rt, 0
+        self.sums: dict[tuple[str, str], list[Tensor]] = {}     # (matrix, use) -> squared gradients, inputs' moment, uses
+        self.generator = torch.Generator(rt.device).manual_seed(seed + rt.rank)
+
+    def add(self, name: str, use: str, rows: Tensor | None, moment: Tensor | None) -> None:
+        """Adds to the sums; a matrix that is used several times in a pass has its inputs' moments averaged."""
+        parts = rows, moment, None if moment is None else torch.ones((), device=self.rt.device)
+        held = self.sums.setdefault((name, use), [torch.zeros((), device=self.rt.device) for _ in parts])
+        self.sums[name, use] = [a if b is None else a + b for a, b in zip(held, parts, strict=True)]
+
+    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if isinstance(module, nn.Embedding):    # row v is the output wherever the token is v
+                counts = torch.bincount(inputs[0].flatten(), minlength=module.num_embeddings).float()
+                self.add(name, "input", counts, None)
+                output.register_hook(lambda g: self.add(name, "input", None, g.flatten(0, -2).float().square().sum(0).diag()))
+            else:
+                x = inputs[0].detach().flatten(0, -2).float()
+                self.add(name, "linear", None, x.T @ x)
+                output.register_hook(lambda g: self.add(name, "linear", g.flatten(0, -2).float().square().sum(0), None))
+
+        return module.register_forward_hook(note)
+
+    def observe(self, ids: Tensor) -> None:
+        """One forward and backward pass over ids (B, T)."""
+        model = self.model
+        with self.rt.autocast():
+            features = model.features(ids).flatten(0, 1)
+            logits = model.logits(features).float()
+        with torch.no_grad():
+            shares = logits.softmax(-1)
+            labels = torch.multinomial(shares, 1, generator=self.generator)
+            if model.lm_head is None:
+                g = shares.scatter_add(1, labels, -torch.ones_like(labels, dtype=shares.dtype))
+                g = g * (1 - (logits / model.softcap).square())     # before the soft cap
+                x = features.float()
+                if model.embed_proj is not None:
+                    back = g @ model.tok_emb.weight.float()
+                    self.add("embed_proj.weight", "transposed", back.square().sum(0), x.T @ x)
+                    x = x @ model.embed_proj.weight
+                self.add("tok_emb.weight", "head", g.square().sum(0), x.T @ x)
+        F.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
+        model.zero_grad(set_to_none=True)
+        self.tokens += ids.numel()
+
+    def statistics(self) -> Statistics:
+        """Means over the tokens of all ranks."""
+        tokens = float(self.rt.reduce(torch.tensor(float(self.tokens), device=self.rt.device)))
+        passes = {key: float(uses) for key, (_, _, uses) in self.sums.items()}
+        terms: dict[str, tuple[Term, ...]] = {}
+        for (name, use), (rows, moment, _) in sorted(self.sums.items()):
+            rows, moment = (self.rt.reduce(t.clone()).cpu() / tokens for t in (rows, moment))
+            calls = passes[name, use] / passes["tok_emb.weight", "input"]
+            terms[name] = (*terms.get(name, ()), Term(rows, moment / calls, use == "transposed"))
+        return Statistics(weights_digest(self.model.state_dict()), int(tokens), terms)
+
+
+def calibrate(model: GPT, batches: Iterator[Tensor], rt: Runtime, seed: int) -> Statistics:
+    """Statistics of a model on ids (B, T), each batch this rank's own."""
+    calibration = Calibration(model, rt, seed)
+    handles = [calibration.watch(f"{name}.weight", m) for name, m in model.named_modules()
+               if isinstance(m, (CastedLinear, nn.Embedding))]
+    try:
+        for batch in batches:
+            for ids in batch.split(max(1, CALIBRATION_CHUNK_TOKENS // batch.shape[1])):
+                calibration.observe(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calibration.statistics()
+
+
+def calibration_batches(cfg: Config, rt: Runtime) -> int:
+    """Micro-batches that each rank looks at."""
+    return -(-cfg.calibration_tokens // (cfg.micro_batch * rt.world_size))
+
+
+def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Time that the calibration will take at the pace so far: uncompiled, it takes up to four times as long a token."""
+    return 4 * cfg.calibration_tokens / cfg.train_batch_tokens * elapsed_ms / max(step, 1)
+
+
+def calibrate_job(job: Job) -> Statistics | None:
+    """Statistics of the trained weights on the training tokens that come next."""
+    if not job.cfg.calibration_tokens:
+        return None
+    job.clock.resume()
+    before = job.clock.total_ms
+    batches = (job.loader.next_batch()[0] for _ in range(calibration_batches(job.cfg, job.rt)))
+    statistics = calibrate(job.model, batches, job.rt, job.cfg.seed)
+    job.clock.pause()
+    took_ms = job.clock.total_ms - before
+    job.seconds["calibrate"] = took_ms / 1000
+    job.folder.log(f"calibrated: tokens:{statistics.tokens} time:{took_ms:.0f}ms train_time:{job.clock.total_ms:.0f}ms")
+    return statistics
+
+
+def calibrate_state(state: Mapping[str, Tensor], meta: Mapping[str, Any], *, data: str, tokenizer: str, device: str,
+                    tokens: int) -> Statistics:
+    """Statistics of a checkpoint on the first training tokens of the folder `data`. Raises what `evaluate_artifact` does."""
+    rt, model, _ = open_model(state, meta, tokenizer, device)
+    seq_len = int(meta["train_seq_len"])
+    stream = TokenStream(read_split(data, "train"))
+    rows = max(1, CALIBRATION_CHUNK_TOKENS // seq_len)
+    batches = max(1, -(-tokens // (rows * seq_len)))
+    if batches * rows * seq_len > stream.size:
+        raise DataError(f"{data} holds {stream.size} training tokens, calibration wants {batches * rows * seq_len}")
+    ids = (torch.from_numpy(stream.take(i * rows * seq_len, rows * seq_len).astype(np.int64)).view(rows, seq_len)
+           for i in range(batches))
+    statistics = calibrate(model, (batch.to(rt.device) for batch in ids), rt, seed=1337)
+    return replace(statistics, weights=weights_digest(state))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1543,24 +1697,29 @@ def source_files() -> list[Path]:
     return [Path(__file__), Path(sys.modules["export"].__file__ or "")]
 
 
+@lru_cache(maxsize=1)
 def code_bytes() -> int:
     """Size of the submission's code once packed."""
     return packed_code_bytes(source_files())
 
 
-def export_model(job: Job) -> SizeReport | None:
+def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     """Writes the artifact (rank 0 only, the others get None) and prints the challenge's size lines."""
     if not job.rt.master:
         return None
     t0 = time.perf_counter()
-    state = job.model.state_dict()
+    state, cfg = job.model.state_dict(), job.cfg
     weights = job.folder.path / "final_model.safetensors"   # written first: a failing export loses nothing
     write_checkpoint(weights, state, {"artifact_meta": job.meta})
     job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
-    report = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, job.cfg.export_options)
-    if not job.cfg.save_raw_checkpoint:
-        weights.unlink()
+    sensitivity = read_sensitivity(cfg.sensitivity_map, state) if cfg.sensitivity_map else None
     code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
+    report = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, cfg.export_options, statistics=statistics,
+                           sensitivity=sensitivity, code_bytes=code).report
+    if not cfg.save_raw_checkpoint:
+        weights.unlink()
+    for line in report.lines():
+        job.folder.log(line)
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
         f"Serialized model int8+zlib: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
@@ -1570,7 +1729,7 @@ def export_model(job: Job) -> SizeReport | None:
     if report.floored_share > 0.5:
         job.folder.log(
             f"warning: the step of {report.floored_share:.0%} of the quantised weights sits at INT8_SCALE_FLOOR="
-            f"{job.cfg.int8_scale_floor:.6g}: size and error then depend on how long the model trained; 0 removes the floor"
+            f"{cfg.int8_scale_floor:.6g}: size and error then depend on how long the model trained; 0 removes the floor"
         )
     job.seconds["export"] = time.perf_counter() - t0
     return report
@@ -1645,6 +1804,19 @@ def evaluate_artifact(
     max_tokens: int = 0, batch_tokens: int = 65_536,
 ) -> EvalResult:
     """Scores an artifact on the validation shards of the folder `data`. Raises DataError, ArtifactError, ConfigError."""
+    rt, model, tok = open_model(state, meta, tokenizer, device)
+    seq_len = int(meta["train_seq_len"])
+    val = read_validation(data, seq_len, tok.vocab_size)
+    check_pairing(data, tok, val)
+    return evaluate(
+        lambda x, y: model(x, y, reduction="none"), val, byte_table(tok, rt.device), rt,
+        seq_len=seq_len, batch_tokens=max(batch_tokens, seq_len), max_tokens=max_tokens,
+    )
+
+
+def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: str, device: str
+               ) -> tuple[Runtime, GPT, Tokenizer]:
+    """A model outside a run, with its weights, and the tokenizer that it was trained with."""
     cfg, problems = Config.parse({"DEVICE": device, "ENABLE_TORCH_COMPILE": "0"})
     rt = Runtime.from_config(cfg, {})
     if problems := problems + rt.problems(cfg):
@@ -1657,13 +1829,7 @@ def evaluate_artifact(
     model = load_model(state, meta, rt)
     if tok.vocab_size != model.tok_emb.num_embeddings:
         raise DataError(f"tokenizer {tokenizer} has {tok.vocab_size} tokens, the artifact {model.tok_emb.num_embeddings}")
-    seq_len = int(meta["train_seq_len"])
-    val = read_validation(data, seq_len, tok.vocab_size)
-    check_pairing(data, tok, val)
-    return evaluate(
-        lambda x, y: model(x, y, reduction="none"), val, byte_table(tok, rt.device), rt,
-        seq_len=seq_len, batch_tokens=max(batch_tokens, seq_len), max_tokens=max_tokens,
-    )
+    return rt, model, tok
 
 
 def roundtrip(job: Job) -> EvalResult:
@@ -1692,7 +1858,9 @@ def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResul
         "pre_roundtrip": asdict(before), "roundtrip": asdict(after) if after else None,
         "artifact": ARTIFACT_NAME, "artifact_bytes": report.total_bytes, "code_bytes": code, "total_bytes": total,
         "cap_bytes": cap, "under_cap": not over, "bits_per_weight": report.bits_per_weight,
-        "floored_share": report.floored_share, "parts": report.parts, "seconds": job.seconds,
+        "floored_share": report.floored_share, "rms_error": report.rms_error, "planned_bytes": report.planned_bytes,
+        "expected_nats": report.expected_nats, "permutation_gains": report.permutation_gains, "parts": report.parts,
+        "seconds": job.seconds,
     })
     job.folder.log(f"summary: total {total} bytes of {cap or 'no'} cap, outputs in {job.folder.path}")
     if over:
@@ -1757,6 +1925,28 @@ def folder_problems(cfg: Config) -> list[str]:
     return found
 
 
+def map_problems(cfg: Config) -> list[str]:
+    """Why SENSITIVITY_MAP cannot serve this shape."""
+    if cfg.sensitivity_map:
+        with torch.device("meta"):
+            state = GPT(cfg.shape, max_seq_len=1).state_dict()
+        try:
+            read_sensitivity(cfg.sensitivity_map, state)
+        except ArtifactError as error:
+            return [f"SENSITIVITY_MAP={cfg.sensitivity_map}: {error}"]
+    return []
+
+
+def predicted_size(cfg: Config) -> tuple[str, bool]:
+    """The line about the total to expect, and whether CAP_POLICY refuses it."""
+    code, cap = code_bytes(), cfg.artifact_cap_bytes
+    artifact = predict_artifact_bytes(tensor_shapes(cfg.shape), cfg.export_options, code)
+    over = bool(cap) and artifact + code > cap
+    verdict = "" if not cap else " OVER THE CAP" if over else " under the cap"
+    line = f"predicted: artifact {artifact} + code {code} = {artifact + code} bytes of {cap}{verdict}"
+    return line, over and cfg.cap_policy != "warn"
+
+
 def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
     """Everything that can be wrong before any work, reported together. Raises ConfigError."""
     cfg, problems = Config.parse(env)
@@ -1764,6 +1954,9 @@ def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
     problems += rt.problems(cfg)
     if not problems:
         problems += cfg.world_problems(rt.world_size)
+        line, refused = predicted_size(cfg)
+        remedy = "choose a smaller shape" + ("" if cfg.cap_policy == "fit" else ", fewer bits, CAP_POLICY=fit or =warn")
+        problems += [f"{line} (CAP_POLICY={cfg.cap_policy}): {remedy}"] * refused + map_problems(cfg)
     data, data_problems = load_data(cfg)
     problems += data_problems
     if rt.master:
@@ -1789,10 +1982,7 @@ def describe(job: Job) -> None:
         f" micro_batches:{cfg.micro_batches} of {cfg.micro_batch} tokens")
     if cfg.unique_blocks < cfg.num_layers:
         log("layer_blocks:" + " ".join(f"{layer}->{block}" for layer, block in enumerate(job.model.layer_blocks)))
-    code, artifact = code_bytes(), predict_artifact_bytes(tensor_shapes(cfg.shape), cfg.export_options)
-    total = artifact + code
-    verdict = "" if not cfg.artifact_cap_bytes else " OVER THE CAP" if total > cfg.artifact_cap_bytes else " under the cap"
-    log(f"predicted: artifact {artifact} + code {code} = {total} bytes of {cfg.artifact_cap_bytes}{verdict}")
+    log(predicted_size(cfg)[0])
 
 
 def run(cfg: Config, rt: Runtime, data: Data) -> int:
@@ -1812,7 +2002,7 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
         folder.forget_metrics_from(job.step)
         before = train(job)
         folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
-        report = export_model(job)
+        report = export_model(job, calibrate_job(job))
         after = roundtrip(job) if cfg.final_roundtrip_eval else None
         return summarise(job, before, report, after) if report is not None else 0
     except Stopped as stop:
