@@ -63,12 +63,10 @@ file; those of fields named `header.*` from the start of the inflated header.
 """
 from __future__ import annotations
 
-import argparse
 import ast
 import base64
 import hashlib
 import heapq
-import io
 import json
 import lzma
 import math
@@ -76,13 +74,12 @@ import os
 import re
 import struct
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +169,8 @@ class ExportOptions:
         65_536, "Export", "tensors of up to so many weights are stored in half precision", free=True)
     weight_quantization_bits: int = knob(8, "Export", "bits of a matrix weight, 2 to 8; 16 = half precision", free=True)
     embed_quantization_bits: int = knob(8, "Export", "the same for the embedding and the head", free=True)
-    int8_residual_rank: int = knob(0, "Export", "largest rank of a tensor's correction after quantisation; 0 = none", free=True)
+    int8_residual_rank: int = knob(
+        0, "Export", "largest rank of a tensor's correction after quantisation; 0 = none", free=True)
     int8_residual_budget_bytes: int = knob(65_536, "Export", "bytes that all corrections together may take", free=True)
     int8_residual_power_iters: int = knob(8, "Export", "power iterations for each rank of a correction", low=1, free=True)
     int8_residual_storage: str = knob(
@@ -184,6 +182,9 @@ class ExportOptions:
     export_permute: str = knob(
         "off", "Export", "reorder what the network lets us reorder, where it saves bytes: mlp = hidden units, all = heads,"
         " value and stream dimensions too", choices=("off", "mlp", "all"), free=True)
+    export_rotate: bool = knob(
+        False, "Export", "1 = turn each value head so that a triangle of its weights is zero (0.4 to 1.1 % fewer bytes"
+        " at 8 bits)", free=True)
     export_allocate: str = knob(
         "uniform", "Export", "who sets each tensor's steps: uniform = the knobs above; hessian, sensitivity = the least"
         " expected loss that fits ARTIFACT_CAP_BYTES, from CALIBRATION_TOKENS or a map of scripts/sensitivity.py",
@@ -208,7 +209,7 @@ class ExportOptions:
             (self.int8_residual_rank > MAX_RANK,
              f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
             (self.export_allocate != "uniform" and unused,
-             f"EXPORT_ALLOCATE={self.export_allocate} chooses what {', '.join(unused)} would set; unset the one or the other"),
+             f"EXPORT_ALLOCATE={self.export_allocate} chooses what {', '.join(unused)} would set; unset one of them"),
             (self.solves and self.artifact_cap_bytes == 0,
              f"CAP_POLICY={self.cap_policy} with EXPORT_ALLOCATE={self.export_allocate} needs ARTIFACT_CAP_BYTES above 0"),
         ) if wrong]
@@ -255,10 +256,8 @@ class PlanRow:
         return (self.shape[0] if self.axis != "col" else 0), (self.shape[1] if self.axis != "row" else 0)
 
     @property
-    def kept_shape(self) -> tuple[int, ...]:
-        """Shape of the values that are kept."""
-        width = {"none": 0, "entries": 1, "rows": self.shape[-1:], "cols": self.shape[:1]}[self.kept]
-        return (self.kept_count, *(width if isinstance(width, tuple) else ()))
+    def kept_values(self) -> int:
+        return self.kept_count * {"rows": self.shape[-1:], "cols": self.shape[:1]}.get(self.kept, (1,))[0]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -269,7 +268,7 @@ class PlanRow:
         for kind, n in factor_counts(self).items() if self.rank else ():
             counts[kind] = counts.get(kind, 0) + n
         if self.kept != "none":
-            counts["f16"] = counts.get("f16", 0) + math.prod(self.kept_shape)
+            counts["f16"] = counts.get("f16", 0) + self.kept_values
             counts["index"] = self.kept_count
         return counts
 
@@ -319,6 +318,10 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     require(bool(tensor.isfinite().all()), f"tensor {name}", None, "a value that is not finite", "finite values")
 
 
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in state.items()}
+
+
 def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
@@ -346,6 +349,19 @@ def better_axis(w: Tensor, q_max: float, options: ExportOptions) -> str:
     row_loss, col_loss = (
         sum_squares(w.double() - dequantize(*quantize(w, q_max, axis, options), axis)) for axis in ("row", "col"))
     return "col" if col_loss < row_loss * (1 - 1e-9) else "row"
+
+
+def plan_lines(tensors: Iterable[Stored]) -> Iterator[str]:
+    """The plan as a table."""
+    yield f"{'codec':5} {'codes':>5} {'axis':4} {'layout':13} {'kept':11} {'rank':7} {'dtype':8} {'shape':>12}  tensor"
+    for row, values in ((s.row, s.values) for s in tensors):
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        codes = values.get("codes")
+        limit = "" if codes is None else f"±{int(np.abs(codes).max())}"
+        kept = "" if row.kept == "none" else f"{row.kept_count} {row.kept}"
+        rank = f"{row.rank} {row.factors}" if row.rank else ""
+        yield (f"{row.codec:5} {limit:>5} {row.axis:4} {row.layout:13} {kept:11} {rank:7} {row.dtype:8} {shape:>12}"
+               f"  {row.name}")
 
 
 def stream_of(kind: str, row: PlanRow) -> str:
@@ -387,12 +403,9 @@ def quantize_weighted(w: Tensor, q_max: float, axis: str, costs: tuple[Tensor, T
     row, col = ((c + DAMPING * c.mean()).clamp_min(1e-30).rsqrt().float() for c in costs)
     row = row if axis != "col" else torch.ones_like(row)
     col = col / col.log().mean().exp() if axis != "row" else torch.ones_like(col)
-    rms = (w.float() / row[:, None] / col).square().mean().sqrt()
-    row = (row * (4 * rms / q_max)).half().clamp(2**-24, 65504)
-    col = col.half().clamp(2**-24, 65504)
-    if axis == "col":       # one scale a column, which takes the tensor's step in
-        col = (col.float() * (4 * rms / q_max)).half().clamp(2**-24, 65504)
-        row = torch.ones_like(row)
+    step = 4 / q_max * (w.double() / row[:, None] / col).square().mean().sqrt().float()
+    row, col = (row, col * step) if axis == "col" else (row * step, col)
+    row, col = (side.half().clamp(2**-24, 65504) for side in (row, col))
     codes = (w.float() / row.float()[:, None] / col.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
     return codes, {"row": row, "col": col, "both": torch.cat([row, col])}[axis]
 
@@ -418,7 +431,7 @@ def clip_magnitude(rows: Tensor, sigmas: float = 0.0) -> Tensor:
     without its sort and its size limit.
     """
     if sigmas:
-        return sigmas * rows.square().mean(1).sqrt()
+        return sigmas * rows.double().square().mean(1).sqrt().float()
     n = rows.shape[1]
     rank = float(np.float32(CLIP_QUANTILE) * np.float32(n - 1))
     below, weight = int(rank), rank - int(rank)
@@ -472,9 +485,8 @@ def restore(row: PlanRow, values: Mapping[str, np.ndarray]) -> Tensor:
             tensor = tensor + a[:, None] * b
     if row.kept != "none":
         at = torch.from_numpy(values["index"].astype(np.int64))
-        kept = parts["f16"][-math.prod(row.kept_shape):].float().view(row.kept_shape)
-        view = {"rows": tensor, "cols": tensor.T, "entries": tensor.view(-1)}[row.kept]
-        view[at] = kept
+        view = {"rows": tensor, "cols": tensor.T, "entries": tensor.view(-1, 1)}[row.kept]
+        view[at] = parts["f16"][-row.kept_values:].float().view(row.kept_count, -1)
     return tensor.to(getattr(torch, row.dtype))
 
 
@@ -543,55 +555,20 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_statistics(path: str | os.PathLike[str], statistics: Statistics) -> None:
-    from safetensors.torch import save  # only files of statistics and checkpoints need it
-
-    tensors, uses = {}, {}
-    for name, terms in statistics.terms.items():
-        uses[name] = [term.transposed for term in terms]
-        for k, term in enumerate(terms):
-            tensors |= {f"{name}|{k}|rows": term.rows.contiguous(), f"{name}|{k}|moment": term.moment.contiguous()}
-    about = {"weights": statistics.weights, "tokens": statistics.tokens, "uses": uses}
-    write_atomically(Path(path), save(tensors, {"calibration": json.dumps(about, sort_keys=True)}))
-
-
-def read_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """Raises ArtifactError for whatever is no file of `save_statistics`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            about = json.loads((file.metadata() or {})["calibration"])
-            terms = {
-                name: tuple(Term(file.get_tensor(f"{name}|{k}|rows"), file.get_tensor(f"{name}|{k}|moment"), bool(transposed))
-                            for k, transposed in enumerate(uses))
-                for name, uses in about["uses"].items()}
-        found = Statistics(str(about["weights"]), int(about["tokens"]), terms)
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
-        reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
-        raise ArtifactError("calibration statistics", None, reason, "a file of `export.py calibrate`") from None
-    for name, uses in found.terms.items():
-        for term in uses:
-            fits = term.moment.ndim == 2 and term.moment.shape[0] == term.moment.shape[1] and term.rows.ndim == 1
-            sound = fits and bool(term.rows.isfinite().all()) and bool(term.moment.isfinite().all())
-            shapes = f"rows {tuple(term.rows.shape)}, moment {tuple(term.moment.shape)}"
-            require(sound, f"calibration statistics of {name}", None, shapes, "finite (out,) and (in, in)")
-    return found
+def matrices(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Those of a model that steps are allocated to."""
+    return {name: tuple(shape) for name, shape in shapes.items() if len(shape) == 2 and not is_control(name)}
 
 
 def check_statistics(statistics: Statistics, state: Mapping[str, Tensor]) -> None:
     """Raises ArtifactError when they are of other weights."""
     found, wanted = statistics.weights, weights_digest(state)
     require(found == wanted, "calibration statistics", None, f"those of other weights ({found})",
-            f"those of these ({wanted}); make them again with `export.py calibrate`")
-    for name, t in state.items():
-        if t.ndim == 2 and t.is_floating_point() and not is_control(name):
-            uses = statistics.terms.get(name)
-            require(uses is not None, "calibration statistics", None, f"none of {name}", "those of every matrix")
-            for term in uses or ():
-                size = (term.rows.numel(), term.moment.shape[0])
-                shape = tuple(reversed(t.shape)) if term.transposed else tuple(t.shape)
-                require(size == shape, f"calibration statistics of {name}", None, size, shape)
+            f"those of these ({wanted})")
+    for name, shape in matrices({name: t.shape for name, t in state.items() if t.is_floating_point()}).items():
+        uses = statistics.terms.get(name, ())
+        found = [(t.rows.numel(), t.moment.shape[0])[::-1 if t.transposed else 1] for t in uses]
+        require(set(found) == {shape}, f"calibration statistics of {name}", None, found or "none", shape)
 
 
 def is_control(name: str) -> bool:
@@ -651,29 +628,27 @@ class SensitivityMap:
         return value * relative / at if at else 0.0
 
 
-def read_sensitivity(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> SensitivityMap:
-    """A map of a model with these matrices, measured on training tokens. Raises ArtifactError."""
+def read_sensitivity(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> SensitivityMap:
+    """A map of a model with these tensors, measured on training tokens. Raises ArtifactError."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        split, tensors = found["split"], found["tensors"]
-        points = {}
-        for name, entry in tensors.items():
+        split, points = found["split"], {}
+        for name, entry in found["tensors"].items():
             pairs = sorted((float(p["relative_error"]), float(p["nats"])) for p in entry["points"])
-            slope = np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0])
-            # Fine quantisation can help by chance: such points, and points below a tenth of the line, lie on it.
-            points[name] = tuple((e, max(nats, 0.1 * slope * e, 1e-300)) for e, nats in pairs if e > 0)
-        shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+            line = float(np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0]))
+            # Fine quantisation can help by chance: points below a tenth of the line through the origin are put there.
+            points[name] = tuple((e, max(nats, 0.1 * line * e, 1e-300)) for e, nats in pairs if e > 0)
+        measured = {name: tuple(entry["shape"]) for name, entry in found["tensors"].items()}
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
         reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
         raise ArtifactError("sensitivity map", None, reason, "a JSON file of scripts/sensitivity.py") from None
     require(split == "train", "sensitivity map", None, f"one measured on the {split} split",
             "one measured on training tokens (--split train): validation data must not shape an artifact")
-    wanted = {name: tuple(t.shape) for name, t in state.items()
-              if t.ndim == 2 and t.is_floating_point() and not is_control(name)}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        require(shapes.get(name) == wanted.get(name) and bool(points.get(name)), f"sensitivity map, tensor {name}", None,
-                shapes.get(name, "nothing"), f"{wanted.get(name, 'nothing')}: the map is of another model")
+    wanted = matrices(shapes)
+    for name in sorted(wanted.keys() | measured.keys()):
+        require(measured.get(name) == wanted.get(name) and bool(points.get(name)), f"sensitivity map, tensor {name}", None,
+                measured.get(name, "nothing"), f"{wanted.get(name, 'nothing')}: the map is of another model")
     return SensitivityMap(points)
 
 
@@ -729,7 +704,9 @@ def store_factors(error: Tensor, terms: Sequence[Term], a: Tensor, b: Tensor, ki
     scale = (scale / grid).half().clamp_min(2**-24)
     codes = (a / scale.float()[:, None]).round().clamp(-(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1)
     stored = codes * scale.float()[:, None]
-    cost = sum((t.rows for t in terms if not t.transposed), torch.zeros(())).expand(a.shape[1]).clamp_min(1e-30)
+    uses = [t.rows for t in terms if not t.transposed]
+    cost = torch.stack(uses).sum(0).clamp_min(1e-30) if uses else torch.ones(a.shape[1])
+    cost = cost / cost.mean()
     normal = (stored * cost) @ stored.T
     normal = normal + 1e-6 * normal.diagonal().mean().clamp_min(1e-30) * torch.eye(len(a))
     b = torch.linalg.solve(normal.double(), ((stored * cost) @ error.float()).double()).float()
@@ -795,46 +772,30 @@ def offers(plain: Stored, w: Tensor, judge: Judge, options: ExportOptions, keep:
     return found
 
 
-def hull(offered: Sequence[Offer]) -> list[Offer]:
-    """The offers on the lower convex hull of loss over bytes: each next one removes less loss a byte than the one before."""
-    kept: list[Offer] = []
-    for offer in sorted(offered, key=lambda o: (o.nbytes, o.loss)):
-        while kept and (offer.loss < kept[-1].loss) and len(kept) > 1 and slope(kept[-2], offer) >= slope(kept[-2], kept[-1]):
-            kept.pop()
-        if not kept or offer.loss < kept[-1].loss:
-            kept.append(offer)
-    return kept
-
-
-def slope(a: Offer, b: Offer) -> float:
-    """Loss removed a byte by going from a to b."""
-    return (a.loss - b.loss) / (b.nbytes - a.nbytes)
-
-
 def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float) -> dict[str, Stored]:
-    """Take offers, the most loss removed a byte first, while they fit the budget and remove more than `price`."""
-    steps = sorted(
-        ((-slope(a, b), name, k) for name, way in offered.items()
-         for k, (a, b) in enumerate(zip(way[:-1], way[1:], strict=True))))
-    taken = dict.fromkeys(offered, 0)
-    for negative, name, k in steps:
-        cost = offered[name][k + 1].nbytes - offered[name][k].nbytes
-        if taken[name] == k and cost <= budget and -negative > price:
-            taken[name], budget = k + 1, budget - cost
-    return {name: offered[name][k].stored for name, k in taken.items()}
+    """Take offers, whichever removes most loss a byte, while they fit the budget and remove more than `price` a byte."""
+    taken = {name: way[0] for name, way in offered.items()}
+    while True:
+        steps = [((now.loss - offer.loss) / (offer.nbytes - now.nbytes), name, k) for name, now in taken.items()
+                 for k, offer in enumerate(offered[name]) if now.nbytes < offer.nbytes <= now.nbytes + budget]
+        rate, name, k = max(steps, default=(0.0, "", 0))
+        if rate <= price:
+            return {name: offer.stored for name, offer in taken.items()}
+        budget -= offered[name][k].nbytes - taken[name].nbytes
+        taken[name] = offered[name][k]
 
 
 def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: Judge, options: ExportOptions,
             price: float | None) -> dict[str, Stored]:
-    """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere, only
-    what is worth it, kept values included.
+    """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere,
+    only what is worth it, kept values included. Raises ValueError when the budget holds no correction.
     """
     rank, budget = options.int8_residual_rank, options.int8_residual_budget_bytes
     found = {
-        name: hull(offers(stored, state[name].detach().cpu(), judge, options, keep=price is not None))
+        name: offers(stored, state[name], judge, options, keep=price is not None)
         for name, stored in tensors.items() if stored.row.codec == "int" and len(stored.row.shape) == 2
         and (price is not None or (rank and is_target(name, options.int8_targeted_residual_mode)))}
-    cheapest = min((way[1].nbytes for way in found.values() if len(way) > 1), default=0)
+    cheapest = min((offer.nbytes for way in found.values() for offer in way[1:]), default=0)
     if rank and price is None and cheapest > budget:
         raise ValueError(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
     return {**tensors, **spend(found, budget if price is None else MAX_RAW_BYTES, price or 0.0)}
@@ -940,9 +901,39 @@ def stream_symmetries(state: Mapping[str, Tensor]) -> list[Symmetry]:
     return found
 
 
+def rotated(state: dict[str, Tensor], statistics: Statistics | None) -> tuple[dict[str, Tensor], Statistics | None]:
+    """The state with a triangle of zeros in each value head: the canonical form of the continuous symmetry v -> R v, which
+    attention passes on to attn.proj unchanged (rotational redundancy: He et al. 2024, arXiv 2410.01309; zeros stand for
+    its bits back, and need no second pass of the decoder).
+
+    R^T is the orthogonal factor of the head's first C columns, C (C - 1) / 2 zeros; fp64 inside, so logits keep to fp32
+    rounding. The symmetry is larger, GL(C), but a general matrix would scale errors. Queries and keys allow one angle a
+    RoPE pair alone, because a rotation must commute with the position's own: C / 2 zeros a head, under 0.01 % of a file.
+    The stream allows none: attn_scale, mlp_scale, resid_mix and skip_weights act on single dimensions
+    (diag(s) R = R diag(s) for all R only if s is constant), and relu^2 allows none within an MLP.
+    Of c_v's gradients the rotation mixes more than their mean squares tell; their mean over the head is kept.
+    """
+    state, terms = dict(state), dict(statistics.terms) if statistics else {}
+    for gain in [name for name in state if name.endswith(".attn.q_gain")]:
+        v, proj = gain.replace("q_gain", "c_v.weight"), gain.replace("q_gain", "proj.weight")
+        width = state[proj].shape[1] // state[gain].numel()
+        groups = state[v].shape[0] // width
+        turn = torch.zeros(groups, width, width, dtype=torch.float64)
+        for g, head in enumerate(state[v].double().view(groups, width, -1)):
+            q, r = torch.linalg.qr(head[:, :width])
+            turn[g] = (q * r.diagonal().sign().where(r.diagonal() != 0, torch.ones(()))).T if head.shape[1] >= width else q.T
+        both = torch.block_diag(*turn.repeat_interleave(state[gain].numel() // groups, 0))
+        for name, value in ((v, torch.block_diag(*turn) @ state[v].double()), (proj, state[proj].double() @ both.T)):
+            state[name] = value.to(state[name].dtype)
+        if proj in terms:
+            terms[proj] = tuple(replace(t, moment=(both @ t.moment.double() @ both.T).float()) for t in terms[proj])
+            terms[v] = tuple(replace(t, rows=t.rows.view(groups, width).mean(1).repeat_interleave(width)) for t in terms[v])
+    return state, replace(statistics, terms=terms) if statistics else None
+
+
 def orderings(symmetry: Symmetry, codes: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Orders worth measuring: ascending mean |code| over all places, over each of the largest places, and a chain of
-    nearest neighbours in L1.
+    """Orders worth measuring: ascending mean |code| over all places, and over each of the two largest (a chain of nearest
+    neighbours in L1 was never the smallest).
     """
     profiles = []
     for name, dim, positions in symmetry.places:
@@ -956,14 +947,6 @@ def orderings(symmetry: Symmetry, codes: Mapping[str, Tensor]) -> Iterator[Tenso
     yield torch.stack([s * p.shape[1] for s, p in zip(sizes, profiles, strict=True)]).sum(0).argsort(stable=True)
     for size in sizes[:2]:
         yield size.argsort(stable=True)
-    left = torch.cdist(profiles[0], profiles[0], p=1)
-    left.fill_diagonal_(math.inf)
-    at, chain = int(sizes[0].argmin()), []
-    for _ in range(symmetry.units):
-        chain.append(at)
-        left[:, at] = math.inf
-        at = int(left[at].argmin())
-    yield torch.tensor(chain)
 
 
 def permuted(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], statistics: Statistics | None, mode: str,
@@ -1047,6 +1030,8 @@ def rate_curve(name: str, w: Tensor, judge: Judge, options: ExportOptions) -> Cu
         if point[1] < lowest:
             lowest = point[1]
             front.append(point)
+    peak = float(w.abs().max())
+    require(bool(front), f"tensor {name}", None, f"magnitudes up to {peak:g}", "what half precision can hold")
     nbytes, loss, choices = zip(*front, strict=True)
     return Curve(list(choices), np.array(nbytes, np.float64), np.array(loss))
 
@@ -1087,8 +1072,9 @@ def interpolated(name: str, w: Tensor, family: Choice, costs: tuple[Tensor, Tens
 def solve(curves: Mapping[str, Curve], budget: float) -> tuple[dict[str, int], float]:
     """(the choice for each tensor, loss a byte at the margin) of the least total loss within the budget.
 
-    Each tensor minimises loss + price x bytes by itself and the price is bisected (Shoham & Gersho 1988); what is left of the budget goes to the single upgrades that remove most loss a byte. Where even the smallest choices
-    exceed the budget these are the answer.
+    Each tensor minimises loss + price x bytes by itself and the price is bisected (Shoham & Gersho 1988); what is left of
+    the budget goes to the single upgrades that remove most loss a byte. Where even the smallest choices exceed the budget
+    these are the answer.
     """
     def pick(price: float) -> dict[str, int]:
         return {name: int((c.loss + price * c.nbytes).argmin()) for name, c in curves.items()}
@@ -1449,7 +1435,8 @@ class SizeReport:
         gains = " ".join(f"{kind}:{nbytes}" for kind, nbytes in self.permutation_gains.items())
         return [text for shown, text in (
             (gains, f"permuted: bytes saved {gains}"),
-            (self.planned_bytes, f"allocated: planned {self.planned_bytes} bytes, came to {self.total_bytes} ({error:+.2%}){nats}"),
+            (self.planned_bytes,
+             f"allocated: planned {self.planned_bytes} bytes, came to {self.total_bytes} ({error:+.2%}){nats}"),
             (self.note, f"warning: {self.note}"),
         ) if shown]
 
@@ -1491,6 +1478,8 @@ def encode_artifact(
         check_statistics(statistics, state)
     state = {name: state[name].detach().cpu() for name in sorted(state)}
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
+    if options.export_rotate:
+        state, statistics = rotated(state, statistics)
     if options.solves:
         return fitted(state, meta, options, statistics, sensitivity, code_bytes)
     choices = {name: uniform_choice(name, t, options) for name, t in state.items()}
@@ -1552,30 +1541,33 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
     view = judge if allocates else Judge()
     curves = {name: rate_curve(name, t, view, options) for name, t in state.items() if dtype_name(t) in FLOATS}
     high = options.artifact_cap_bytes - code_bytes
-    low, best, overhead, planned = high - FIT_WINDOW_BYTES, None, 0.0, 0.0
-    aim = high - min(FIT_WINDOW_BYTES / 4, high / 200)
-    for _ in range(6):
+    low, overhead, tries, aim = high - FIT_WINDOW_BYTES, 0.0, 0, high - min(FIT_WINDOW_BYTES / 4, high / 200)
+    best: Export | None = None
+    while True:
         at, price = solve(curves, aim - overhead)
         choices = {name: curves[name].choices[at[name]] if name in curves else Choice("raw") for name in state}
-        nbytes = sum(c.nbytes[at[name]] for name, c in curves.items())
         export = carried_out(state, meta, options, choices, judge, price if allocates else None)
-        total, planned = len(export.data), nbytes + overhead
-        done = planned and abs(total - planned) <= 0.005 * total
-        if total <= high and (best is None or total > len(best[0].data)):
-            best = export, planned, sum(c.loss[at[name]] for name, c in curves.items())
-        smallest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
-        if (low <= total <= high and done) or (smallest and total > high) or (finest and total < low):
+        total = len(export.data)
+        nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
+            [(name, c.nbytes) for name, c in curves.items()], [(name, c.loss) for name, c in curves.items()]))
+        export.report = replace(
+            export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
+        if total <= high and (best is None or total >= len(best.data)):
+            best = export
+        coarsest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
+        accurate = abs(total - nbytes - overhead) <= 0.005 * total
+        tries += 1
+        if (low <= total <= high and accurate) or (coarsest and total > high) or (finest and total < low) or tries == 10:
             break
-        overhead = total - nbytes
+        overhead = total - nbytes       # what the curves do not see: header, shared streams, layouts, corrections
     if best is None:
         raise ArtifactError("plan", None, f"{len(export.data)} bytes at its coarsest beside {code_bytes} of code",
                             f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
-    export, planned, loss = best
-    note = "" if len(export.data) >= low else "below the window: every tensor is at its finest" + (
-        f" that INT8_SCALE_FLOOR={options.int8_scale_floor:.6g} allows" if options.int8_scale_floor else "")
-    expected = float(loss) if allocates else None
-    export.report = replace(export.report, planned_bytes=round(planned), expected_nats=expected, note=note)
-    return export
+    if len(best.data) < low:
+        floor = f" that INT8_SCALE_FLOOR={options.int8_scale_floor:.6g} allows" if options.int8_scale_floor else ""
+        note = f"{low - len(best.data)} bytes short of the window below the cap: every tensor is at its finest{floor}"
+        best.report = replace(best.report, note=note)
+    return best
 
 
 def part_bytes(header_bytes: int, streams: Iterable[str], table: Iterable[tuple[int, int]]) -> dict[str, int]:
@@ -1634,12 +1626,16 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     return decode_artifact(Path(path).read_bytes())
 
 
+TAIL = 1.07     # largest weight of a trained row over that of normals (rows of three 4x256 models: 1.05..1.09)
+
+
 def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int = 0) -> int:
     """The size of a trained model's artifact from its shapes alone; within 1 % unless INT8_SCALE_FLOOR sets the steps.
 
-    It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows. Under a
-    floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its steps. An
-    export that fits itself to the cap is predicted where it will aim, as far as its coarsest and finest plans allow.
+    It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows.
+    Under a floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its
+    steps. An export that fits itself to the cap is predicted where it will aim, as far as its coarsest and finest plans
+    allow.
     """
     if options.solves:
         finest, coarsest = (
@@ -1659,34 +1655,38 @@ def predicted_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOption
         if choice.codec == "int":
             n_scales = shape[choice.axis == "col"] if len(shape) == 2 else 1
             bits_a_code, per_byte, table_bytes = code_statistics(
-                numel // n_scales, q_max or choice.q_max, options.int8_clip_sigmas)
+                numel // n_scales, numel, q_max or choice.q_max, options.int8_clip_sigmas)
             tables = math.ceil(numel / per_byte / 2**15) * table_bytes
             total += min(numel * bits_a_code / 8 + tables, numel)
             total += 1.3 * n_scales                             # a mantissa byte each; the exponents are alike
         else:
-            total += numel * {"f16": 1.75, "f32": 3.2}[choice.codec]    # trained controls after planes and deflate
+            total += numel * {"f16": 1.68, "f32": 3.2}[choice.codec]    # trained controls after planes and deflate
     extra = options.int8_residual_budget_bytes if options.int8_residual_rank else 0
     return total + extra
 
 
 @lru_cache(maxsize=1024)
-def code_statistics(n: int, q_max: float, sigmas: float) -> tuple[float, int, float]:
+def code_statistics(n: int, numel: int, q_max: float, sigmas: float) -> tuple[float, int, float]:
     """(bits a code, codes a byte, bytes a Huffman table) when deflate codes rows of n normals, rounded by the step
     max|x| / q_max, or sigmas / q_max where sigmas is not 0.
     """
-    limit, normal, slices = math.floor(q_max + 0.5), NormalDist(), 1 if sigmas else 16
-    shares = np.zeros(limit + 1)                                # of codes by magnitude, over slices of max|x|'s law
-    for i in range(slices):
-        clip = sigmas or normal.inv_cdf((1 + ((i + 0.5) / slices) ** (1 / n)) / 2)
+    normal, slices = NormalDist(), 1 if sigmas else 16
+    clips = [sigmas or TAIL * normal.inv_cdf((1 + ((i + 0.5) / slices) ** (1 / n)) / 2) for i in range(slices)]
+    reach = TAIL * normal.inv_cdf(1 - 0.25 / numel) / min(clips)        # of the tensor's largest weight, in clips
+    limit = max(1, math.floor(min(1.0, reach) * q_max + 0.5))
+    shares = np.zeros(limit + 1)                                        # of codes by magnitude
+    for clip in clips:
         below = [2 * normal.cdf((code + 0.5) * clip / q_max) - 1 for code in range(limit)] + [1.0]
         shares += np.diff(below, prepend=0.0) / slices
     codes = np.concatenate([shares[:0:-1] / 2, shares[:1], shares[1:] / 2])
+    entropy = -float(codes @ np.log2(np.maximum(codes, 1e-300)))
     per_byte = digits_per_byte(limit) if limit <= MAX_RADIX_CODE else 1
     symbols = codes
     for _ in range(per_byte - 1):
         symbols = np.outer(symbols, codes).reshape(-1)
-    held = float((1 - np.exp(-(2**15) * symbols)).sum())        # that a block of 2^15 symbols holds
-    return huffman_bits(symbols) / per_byte, per_byte, 20 + 0.2 * held
+    held = float((1 - np.exp(-(2**15) * symbols)).sum())                # that a block of 2^15 symbols holds
+    # Where most bytes are those of zeros, deflate's matches beat Huffman codes of single bytes; 1.35 was measured there.
+    return min(huffman_bits(symbols) / per_byte, 1.35 * entropy), per_byte, 20 + 0.2 * held
 
 
 def huffman_bits(shares: np.ndarray) -> float:
@@ -1699,93 +1699,6 @@ def huffman_bits(shares: np.ndarray) -> float:
         heapq.heappush(heap, merged)
         total += merged
     return total
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: ours and the challenge's, told apart by their first bytes and never trusted.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """(state, meta or None) of a .safetensors file, the baseline's final_model.pt, or its final_model.int8.ptz."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-        file.seek(0)
-        size = os.fstat(file.fileno()).st_size
-        try:
-            if head[:4] == b"PK\x03\x04":
-                return checked_state(load_torch(file, size)), None
-            if head[:1] == b"\x78" and int.from_bytes(head[:2], "big") % 31 == 0:       # zlib's own check
-                require(size <= MAX_RAW_BYTES, "checkpoint", 0, f"{size} bytes", f"at most {MAX_RAW_BYTES}")
-                raw = inflate_zlib(file.read())
-                return restore_baseline(load_torch(io.BytesIO(raw), len(raw))), None
-            if head[8:] == b"{":
-                return load_safetensors(path)
-        except ArtifactError:
-            raise
-        except Exception as fault:      # the parsers of other people's formats raise whatever they like
-            reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
-            raise ArtifactError("checkpoint", 0, reason, "a readable checkpoint") from fault
-    raise ArtifactError("checkpoint", 0, head, "a safetensors file, a PyTorch zip or a zlib stream")
-
-
-def load_torch(file: BinaryIO | io.BytesIO, size: int) -> Any:
-    """torch.load without pickle's powers, of an archive that cannot unfold into more than it is."""
-    entries = zipfile.ZipFile(file).infolist()
-    flat = sum(e.file_size for e in entries) <= size and all(e.compress_type == zipfile.ZIP_STORED for e in entries)
-    require(flat, "checkpoint", 0, "a compressed archive", "stored entries, as torch.save writes them")
-    file.seek(0)
-    return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def inflate_zlib(data: bytes) -> bytes:
-    unpacker = zlib_ng.decompressobj()
-    raw = unpacker.decompress(data, MAX_RAW_BYTES)
-    whole = unpacker.eof and not unpacker.unused_data
-    require(whole, "checkpoint", 0, f"no end at its {len(raw)} bytes", f"a zlib stream of below {MAX_RAW_BYTES} bytes")
-    return raw
-
-
-def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """A checkpoint of ours may hold more than the model: its weights then carry the prefix `model.`."""
-    from safetensors import safe_open  # only checkpoints need it
-
-    with safe_open(path, framework="pt", device="cpu") as file:
-        text, names = (file.metadata() or {}).get("artifact_meta"), list(file.keys())
-        names = [name for name in names if name.startswith("model.")] or names
-        state = checked_state({name.removeprefix("model."): file.get_tensor(name) for name in names})
-    return state, None if text is None else parse_meta(text.encode(), "checkpoint artifact_meta", None)
-
-
-def checked_state(state: Any) -> dict[str, Tensor]:
-    """A dict of dense tensors of bounded size; a pickle can claim any shape through strides of zero."""
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    require(named, "checkpoint", 0, f"a {type(state).__name__}", "a dict of named tensors")
-    for name, t in state.items():
-        dense = isinstance(t, Tensor) and t.layout == torch.strided and not (t.is_nested or t.is_quantized or t.is_meta)
-        require(dense, f"checkpoint tensor {name!a}", 0, f"a {type(t).__name__}", "a dense tensor")
-    total = sum(t.numel() * t.element_size() for t in state.values())
-    require(total <= MAX_RAW_BYTES, "checkpoint", 0, f"{total} bytes of tensors", f"at most {MAX_RAW_BYTES}")
-    return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def restore_baseline(packed: Any) -> dict[str, Tensor]:
-    """The state in the baseline's int8 dict: codes x scales, beside kept tensors in the dtype they had."""
-    form = packed.get("__quant_format__") if isinstance(packed, dict) else None
-    require(form == "int8_clean_per_row_v1", "checkpoint __quant_format__", 0, repr(form), "int8_clean_per_row_v1")
-    codes, scales, state = (checked_state(packed.get(part)) for part in ("quantized", "scales", "passthrough"))
-    dtypes = {**packed.get("dtypes", {}), **packed.get("passthrough_orig_dtypes", {})}
-    paired = codes.keys() == scales.keys() and codes.keys() <= dtypes.keys() <= codes.keys() | state.keys()
-    require(paired and not codes.keys() & state.keys(), "checkpoint", 0, "tensors without scales or dtype", "both")
-    unknown = sorted({str(dtype) for dtype in dtypes.values()} - set(FLOATS))
-    require(not unknown, "checkpoint dtypes", 0, unknown, ", ".join(FLOATS))
-    for name, q in codes.items():
-        scale = scales[name].float()
-        fits = q.dtype == torch.int8 and tuple(scale.shape) in ((), tuple(q.shape[:1]))
-        found = f"{q.dtype}, scales {tuple(scale.shape)}"
-        require(fits, f"checkpoint tensor {name!a}", 0, found, "int8 codes and a scale, or one per row")
-        state[name] = q.float() * scale.reshape(scale.shape + (1,) * (q.ndim - scale.ndim))
-    return {name: t.to(getattr(torch, dtypes[name])) if name in dtypes else t for name, t in state.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1834,221 +1747,12 @@ def packed_code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
     return len(pack_code({path.name: path.read_text(encoding="utf-8") for path in distinct}).encode("utf-8"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line: one function a verb.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def write_verb(args: argparse.Namespace) -> int:
-    options = ExportOptions(**{f.name: getattr(args, f.name) for f in fields(ExportOptions)})
-    if faults := options.problems():
-        raise ValueError("; ".join(faults))
-    state, meta = read_with_meta(args.checkpoint, args.knob)
-    report = save_artifact(args.output, state, meta, options, **given_for(args, state)).report
-    print("\n".join(report.lines()))
-    print(f"wrote:{args.output} total_bytes:{report.total_bytes} bits_per_weight:{report.bits_per_weight:.4f} "
-          f"rms_error:{report.rms_error:.6f} floored_share:{report.floored_share:.4f}")
-    return 0
-
-
-def given_for(args: argparse.Namespace, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the files on the command line say about a model."""
-    import train_gpt
-
-    return {"statistics": read_statistics(args.statistics) if args.statistics else None,
-            "sensitivity": read_sensitivity(args.sensitivity, state) if args.sensitivity else None,
-            "code_bytes": train_gpt.code_bytes()}
-
-
-def named_values(knobs: Iterable[str]) -> dict[str, str]:
-    if malformed := [knob for knob in knobs if "=" not in knob]:
-        raise ValueError(f"a knob must be NAME=VALUE, got {', '.join(malformed)}")
-    return dict(knob.split("=", 1) for knob in knobs)
-
-
-def read_with_meta(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state, meta) of an artifact or of any checkpoint; `knobs` (NAME=VALUE) complete one that comes without meta."""
-    values = named_values(knobs)
-    with open(path, "rb") as file:
-        is_artifact = file.read(len(MAGIC)) == MAGIC
-    if is_artifact:
-        artifact = load_artifact(path)
-        state, meta = artifact.state, artifact.meta
-    else:
-        state, meta = read_checkpoint(path)
-    if meta is None:
-        import train_gpt
-
-        return state, train_gpt.meta_from_state(state, values)
-    if knobs:
-        raise ValueError(f"{path} carries its configuration, which --knob {', '.join(knobs)} cannot change")
-    return state, meta
-
-
-def inspect_verb(args: argparse.Namespace) -> int:
-    artifact = load_artifact(args.file)
-    total = sum(artifact.parts.values())
-    if args.json:
-        plan = [asdict(row) for row in artifact.plan]
-        print(json.dumps({"meta": artifact.meta, "plan": plan, "parts": artifact.parts, "total_bytes": total}, indent=1))
-        return 0
-    print(f"meta: {json.dumps(artifact.meta)}\n")
-    print(f"{'codec':5} {'codes':>5} {'axis':4} {'layout':13} {'kept':11} {'rank':7} {'dtype':8} {'shape':>12}  tensor")
-    for row in artifact.plan:
-        shape = "x".join(map(str, row.shape)) or "scalar"
-        codes = artifact.values[row.name].get("codes")
-        limit = "" if codes is None else f"±{int(np.abs(codes.astype(np.int16)).max())}"
-        kept = "" if row.kept == "none" else f"{row.kept_count} {row.kept}"
-        rank = f"{row.rank} {row.factors}" if row.rank else ""
-        print(f"{row.codec:5} {limit:>5} {row.axis:4} {row.layout:13} {kept:11} {rank:7} {row.dtype:8} {shape:>12}  {row.name}")
-    print(f"\n{'bytes':>11} {'share':>7}  part")
-    for part, size in (*artifact.parts.items(), ("total", total)):
-        print(f"{size:11} {size / total:7.2%}  {part}")
-    return 0
-
-
-def eval_verb(args: argparse.Namespace) -> int:
-    import train_gpt
-
-    state, meta = read_with_meta(args.file, args.knob)
-    result = train_gpt.evaluate_artifact(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
-                                         max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
-    name = "final_int8_zlib_roundtrip"
-    print(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms")
-    print(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
-    return 0
-
-
-def verify_verb(args: argparse.Namespace) -> int:
-    """Export the checkpoint again by the options in the file: each tensor must come out bit for bit as in the file."""
-    artifact, (state, _) = load_artifact(args.file), read_checkpoint(args.checkpoint)
-    asked = artifact.meta.get("export", {})
-    unknown = sorted(asked.keys() - {f.name for f in fields(ExportOptions)}) if isinstance(asked, dict) else [asked]
-    require(not unknown, "meta.export", None, unknown, "options of this version")
-    again = encode_artifact(state, artifact.meta, ExportOptions(**asked), **given_for(args, state))
-    names, differing = sorted(again.state.keys() | artifact.state.keys()), 0
-    for name in names:
-        verdict, note = "differs", f"only in the {'file' if name in artifact.state else 'checkpoint'}"
-        if name in again.state and name in artifact.state:
-            decoded, original, stored = artifact.state[name], again.state[name], again.tensors[name]
-            note = f"{decoded.dtype} {tuple(decoded.shape)}, in the checkpoint {original.dtype} {tuple(original.shape)}"
-            if (decoded.shape, decoded.dtype) == (original.shape, original.dtype):
-                verdict = "equal" if same_bits(decoded, restore(stored.row, stored.values)) else "differs"
-                error = original.double() - decoded.double()
-                rms_error = math.sqrt(sum_squares(error) / max(sum_squares(original), 1e-300))
-                note = f"rms_error:{rms_error:.6f} max_error:{float(error.abs().max()):.3g}"
-        differing += verdict == "differs"
-        print(f"{verdict:7} {ascii(name)[1:-1]} {note}")
-    print(f"tensors:{len(names)} differing:{differing}")
-    return 1 if differing else 0
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def extract_verb(args: argparse.Namespace) -> int:
-    """Dequantise one tensor (printed, or as the only one of a safetensors file), or all of them."""
-    artifact = load_artifact(args.file)
-    if args.tensor is None and args.to is None:
-        raise ValueError(f"name a tensor or give --to FILE.safetensors; the file holds {', '.join(sorted(artifact.state))}")
-    if args.tensor is not None and args.tensor not in artifact.state:
-        raise ValueError(f"{args.file} holds no tensor {args.tensor!a}, but {', '.join(sorted(artifact.state))}")
-    chosen = artifact.state if args.tensor is None else {args.tensor: artifact.state[args.tensor]}
-    if args.to is None:
-        w = artifact.state[args.tensor]
-        print(f"{args.tensor} {dtype_name(w)} {tuple(w.shape)} mean:{w.double().mean():.6g} rms:{w.double().square().mean().sqrt():.6g}"
-              f" min:{w.min():.6g} max:{w.max():.6g}")
-        torch.set_printoptions(linewidth=120)
-        print(w)
-        return 0
-    from safetensors.torch import save
-
-    held = {name: t.contiguous() for name, t in chosen.items()}
-    write_atomically(Path(args.to), save(held, {"artifact_meta": pack_meta(artifact.meta).decode("ascii")}))
-    print(f"wrote:{args.to} tensors:{len(held)} bytes:{Path(args.to).stat().st_size}")
-    return 0
-
-
-def predict_verb(args: argparse.Namespace) -> int:
-    """The total for the knobs in the environment and on the command line; exit code 2 where a run would refuse to start."""
-    import train_gpt
-
-    cfg, problems = train_gpt.Config.parse({**os.environ, **named_values(args.knob)})
-    if problems:
-        raise ValueError("; ".join(problems))
-    line, refused = train_gpt.predicted_size(cfg)
-    print(line)
-    return 2 if refused else 0
-
-
-def calibrate_verb(args: argparse.Namespace) -> int:
-    import train_gpt
-
-    state, meta = read_with_meta(args.checkpoint, args.knob)
-    statistics = train_gpt.calibrate_state(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
-                                           tokens=args.tokens)
-    save_statistics(args.output, statistics)
-    print(f"wrote:{args.output} tokens:{statistics.tokens} tensors:{len(statistics.terms)}")
-    return 0
-
-
-VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
-    "predict": ("the size of a run's artifact before there is one", predict_verb),
-    "write": ("quantise and compress a checkpoint", write_verb),
-    "calibrate": ("input and gradient statistics of a checkpoint on training tokens", calibrate_verb),
-    "inspect": ("print the plan and the bytes of every part", inspect_verb),
-    "eval": ("validate the model in an artifact or a checkpoint", eval_verb),
-    "extract": ("dequantise one tensor, or all into a safetensors file", extract_verb),
-    "verify": ("export the checkpoint again and compare, tensor by tensor", verify_verb),
-}
-
-
-def command_line() -> argparse.ArgumentParser:
-    parser = OneLineParser(prog="export.py", description="Tensors to bytes and back.")
-    added = parser.add_subparsers(dest="verb", required=True)
-    verbs = {name: added.add_parser(name, help=text) for name, (text, _) in VERBS.items()}
-    for name in ("write", "calibrate"):
-        verbs[name].add_argument("checkpoint")
-        verbs[name].add_argument("-o", "--output", required=True)
-    for name in ("inspect", "eval", "extract", "verify"):
-        verbs[name].add_argument("file")
-    verbs["verify"].add_argument("checkpoint")
-    verbs["inspect"].add_argument("--json", action="store_true")
-    verbs["extract"].add_argument("tensor", nargs="?")
-    verbs["extract"].add_argument("--to", metavar="FILE.safetensors")
-    verbs["predict"].add_argument("knob", nargs="*", metavar="NAME=VALUE", help="as in the environment, and before it")
-    verbs["eval"].add_argument("--max-tokens", type=int, default=0, help="0 = the whole validation split")
-    verbs["eval"].add_argument("--batch-tokens", type=int, default=65_536)
-    verbs["calibrate"].add_argument("--tokens", type=int, default=65_536, help="training tokens")
-    for f in fields(ExportOptions):
-        flag = "--" + f.name.replace("_", "-")
-        verbs["write"].add_argument(flag, type=type(f.default), default=f.default, help=f.metadata["help"].replace("%", "%%"))
-    for name in ("write", "verify"):
-        verbs[name].add_argument("--statistics", metavar="FILE", help="of `calibrate`")
-        verbs[name].add_argument("--sensitivity", metavar="FILE", help="of scripts/sensitivity.py")
-    for name in ("eval", "calibrate"):
-        verbs[name].add_argument("--data", required=True, metavar="DIR")
-        verbs[name].add_argument("--tokenizer", required=True, metavar="MODEL")
-        verbs[name].add_argument("--device", default="auto")
-    for name in ("write", "eval", "calibrate"):
-        verbs[name].add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; every fault of the input becomes one line and exit code 2."""
-    args = command_line().parse_args(argv)
-    try:
-        return VERBS[args.verb][1](args)
-    except (ValueError, OSError) as fault:
-        print(f"export.py {args.verb}: {' '.join(str(fault).split())}", file=sys.stderr)
-        return 2
+    """Run one verb; they live beside the analysis, because a submission needs none of them and its bytes count."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
+    import export_verbs  # pyright: ignore[reportMissingImports]
+
+    return export_verbs.main(argv)
 
 
 if __name__ == "__main__":

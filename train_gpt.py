@@ -51,6 +51,7 @@ from export import (
     Artifact,
     ArtifactError,
     ExportOptions,
+    SensitivityMap,
     SizeReport,
     Statistics,
     Term,
@@ -58,6 +59,7 @@ from export import (
     encode_artifact,
     knob,
     packed_code_bytes,
+    plan_lines,
     predict_artifact_bytes,
     range_problems,
     read_sensitivity,
@@ -1587,11 +1589,14 @@ class Calibration:
             if isinstance(module, nn.Embedding):    # row v is the output wherever the token is v
                 counts = torch.bincount(inputs[0].flatten(), minlength=module.num_embeddings).float()
                 self.add(name, "input", counts, None)
-                output.register_hook(lambda g: self.add(name, "input", None, g.flatten(0, -2).float().square().sum(0).diag()))
+                output.register_hook(lambda g: self.add(name, "input", None, squares(g).diag()))
             else:
                 x = inputs[0].detach().flatten(0, -2).float()
                 self.add(name, "linear", None, x.T @ x)
-                output.register_hook(lambda g: self.add(name, "linear", g.flatten(0, -2).float().square().sum(0), None))
+                output.register_hook(lambda g: self.add(name, "linear", squares(g), None))
+
+        def squares(g: Tensor) -> Tensor:
+            return g.flatten(0, -2).float().square().sum(0)
 
         return module.register_forward_hook(note)
 
@@ -1669,22 +1674,6 @@ def calibrate_job(job: Job) -> Statistics | None:
     return statistics
 
 
-def calibrate_state(state: Mapping[str, Tensor], meta: Mapping[str, Any], *, data: str, tokenizer: str, device: str,
-                    tokens: int) -> Statistics:
-    """Statistics of a checkpoint on the first training tokens of the folder `data`. Raises what `evaluate_artifact` does."""
-    rt, model, _ = open_model(state, meta, tokenizer, device)
-    seq_len = int(meta["train_seq_len"])
-    stream = TokenStream(read_split(data, "train"))
-    rows = max(1, CALIBRATION_CHUNK_TOKENS // seq_len)
-    batches = max(1, -(-tokens // (rows * seq_len)))
-    if batches * rows * seq_len > stream.size:
-        raise DataError(f"{data} holds {stream.size} training tokens, calibration wants {batches * rows * seq_len}")
-    ids = (torch.from_numpy(stream.take(i * rows * seq_len, rows * seq_len).astype(np.int64)).view(rows, seq_len)
-           for i in range(batches))
-    statistics = calibrate(model, (batch.to(rt.device) for batch in ids), rt, seed=1337)
-    return replace(statistics, weights=weights_digest(state))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Finish: export, read back from disk into a fresh model, evaluate that, sum up.
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1712,13 +1701,13 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     weights = job.folder.path / "final_model.safetensors"   # written first: a failing export loses nothing
     write_checkpoint(weights, state, {"artifact_meta": job.meta})
     job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
-    sensitivity = read_sensitivity(cfg.sensitivity_map, state) if cfg.sensitivity_map else None
     code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
-    report = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, cfg.export_options, statistics=statistics,
-                           sensitivity=sensitivity, code_bytes=code).report
+    export = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, cfg.export_options, statistics=statistics,
+                           sensitivity=read_map(cfg), code_bytes=code)
+    report = export.report
     if not cfg.save_raw_checkpoint:
         weights.unlink()
-    for line in report.lines():
+    for line in (*plan_lines(export.tensors.values()), *report.lines()) if report.planned_bytes else report.lines():
         job.folder.log(line)
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
@@ -1768,68 +1757,6 @@ def shape_from_meta(meta: Mapping[str, Any]) -> ModelShape:
     if faults:
         raise ArtifactError("meta.model", 0, "; ".join(faults), "a consistent shape")
     return shape
-
-
-def meta_from_state(state: Mapping[str, Tensor], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """The header for weights that come without one (the challenge's checkpoints), from the tensors' shapes.
-
-    `overrides` holds knobs that shapes cannot tell, such as ROPE_BASE, LOGIT_SOFTCAP or NUM_LAYERS when blocks are
-    shared; values as in the environment. Raises ArtifactError when the state is not a GPT of this program.
-    """
-    try:
-        vocab, width = state["tok_emb.weight"].shape
-        kv_dim, dim = state["blocks.0.attn.c_k.weight"].shape
-        heads = state["blocks.0.attn.q_gain"].numel()
-        hidden = state["blocks.0.mlp.fc.weight"].shape[0]
-        kv_heads, mlp_mult = kv_dim * heads // dim, hidden // dim
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise ArtifactError("checkpoint", 0, f"no usable tensor {error}", "the weights of a GPT of this program") from None
-    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    bf16_embedding = state["tok_emb.weight"].dtype is torch.bfloat16
-    inferred = {
-        "VOCAB_SIZE": vocab, "EMBED_DIM": width if width < dim else 0, "MODEL_DIM": dim, "NUM_HEADS": heads,
-        "NUM_KV_HEADS": kv_heads, "MLP_MULT": mlp_mult, "NUM_LAYERS": blocks,
-        "TIE_EMBEDDINGS": int("lm_head.weight" not in state), "ROPE_DTYPE": "bfloat16" if bf16_embedding else "float32",
-    }
-    if "NUM_LAYERS" in overrides:
-        inferred["NUM_UNIQUE_BLOCKS"] = blocks
-    cfg, problems = Config.parse({**{k: str(v) for k, v in inferred.items()}, **overrides})
-    if problems:
-        raise ArtifactError("checkpoint", 0, "; ".join(problems), "a consistent shape")
-    return {"model": asdict(cfg.shape), "train_seq_len": cfg.train_seq_len}
-
-
-def evaluate_artifact(
-    state: Mapping[str, Tensor], meta: Mapping[str, Any], *, data: str, tokenizer: str, device: str = "auto",
-    max_tokens: int = 0, batch_tokens: int = 65_536,
-) -> EvalResult:
-    """Scores an artifact on the validation shards of the folder `data`. Raises DataError, ArtifactError, ConfigError."""
-    rt, model, tok = open_model(state, meta, tokenizer, device)
-    seq_len = int(meta["train_seq_len"])
-    val = read_validation(data, seq_len, tok.vocab_size)
-    check_pairing(data, tok, val)
-    return evaluate(
-        lambda x, y: model(x, y, reduction="none"), val, byte_table(tok, rt.device), rt,
-        seq_len=seq_len, batch_tokens=max(batch_tokens, seq_len), max_tokens=max_tokens,
-    )
-
-
-def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: str, device: str
-               ) -> tuple[Runtime, GPT, Tokenizer]:
-    """A model outside a run, with its weights, and the tokenizer that it was trained with."""
-    cfg, problems = Config.parse({"DEVICE": device, "ENABLE_TORCH_COMPILE": "0"})
-    rt = Runtime.from_config(cfg, {})
-    if problems := problems + rt.problems(cfg):
-        raise ConfigError(problems)
-    tok = Tokenizer(tokenizer)
-    made_with = meta.get("tokenizer_sha256")
-    if made_with is not None and made_with != tok.sha256:
-        raise DataError(f"tokenizer {tokenizer} (sha256 {tok.sha256[:16]}) is not the artifact's ({str(made_with)[:16]})")
-    rt.start("auto")
-    model = load_model(state, meta, rt)
-    if tok.vocab_size != model.tok_emb.num_embeddings:
-        raise DataError(f"tokenizer {tokenizer} has {tok.vocab_size} tokens, the artifact {model.tok_emb.num_embeddings}")
-    return rt, model, tok
 
 
 def roundtrip(job: Job) -> EvalResult:
@@ -1925,16 +1852,8 @@ def folder_problems(cfg: Config) -> list[str]:
     return found
 
 
-def map_problems(cfg: Config) -> list[str]:
-    """Why SENSITIVITY_MAP cannot serve this shape."""
-    if cfg.sensitivity_map:
-        with torch.device("meta"):
-            state = GPT(cfg.shape, max_seq_len=1).state_dict()
-        try:
-            read_sensitivity(cfg.sensitivity_map, state)
-        except ArtifactError as error:
-            return [f"SENSITIVITY_MAP={cfg.sensitivity_map}: {error}"]
-    return []
+def read_map(cfg: Config) -> SensitivityMap | None:
+    return read_sensitivity(cfg.sensitivity_map, tensor_shapes(cfg.shape)) if cfg.sensitivity_map else None
 
 
 def predicted_size(cfg: Config) -> tuple[str, bool]:
@@ -1956,7 +1875,11 @@ def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
         problems += cfg.world_problems(rt.world_size)
         line, refused = predicted_size(cfg)
         remedy = "choose a smaller shape" + ("" if cfg.cap_policy == "fit" else ", fewer bits, CAP_POLICY=fit or =warn")
-        problems += [f"{line} (CAP_POLICY={cfg.cap_policy}): {remedy}"] * refused + map_problems(cfg)
+        problems += [f"{line} (CAP_POLICY={cfg.cap_policy}): {remedy}"] * refused
+        try:
+            read_map(cfg)
+        except ArtifactError as error:
+            problems.append(f"SENSITIVITY_MAP={cfg.sensitivity_map}: {error}")
     data, data_problems = load_data(cfg)
     problems += data_problems
     if rt.master:
