@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import export_verbs  # noqa: E402
 import numpy as np  # noqa: E402  (the repository's root is not on the path before)
 from torch import Tensor  # noqa: E402
 
@@ -127,7 +128,7 @@ def pieces_of(row: export.PlanRow, values: Mapping[str, np.ndarray]) -> list[tup
     for kind, own in values.items():
         split = {"raw" if kind == "raw" else "floats": own.size}
         if row.codec == "int":
-            scales, kept = sum(row.scale_counts), math.prod(row.kept_shape)
+            scales, kept = sum(row.scale_counts), row.kept_values
             split = {
                 "codes": {"codes": own.size},
                 "scales": {"scales": scales, "residuals": own.size - scales},
@@ -342,7 +343,7 @@ def named(path: str, read: Callable[[str], Read]) -> Read:
 
 def main(arguments: list[str]) -> int:
     """Print the ledger; every fault of the input becomes one line and exit code 2, with nothing written."""
-    parser = export.OneLineParser(prog="ledger.py", description="Where the bytes of an artifact go.")
+    parser = export_verbs.OneLineParser(prog="ledger.py", description="Where the bytes of an artifact go.")
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("second", nargs="?", metavar="FILE2", help="compare this file with the first")
     for flag, text in (("checkpoint", "the weights before the export: adds the error of each tensor"),
@@ -350,7 +351,7 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{flag}", metavar="FILE", help=text)
     args = parser.parse_args(arguments)
     try:
-        original = named(args.checkpoint, export.read_checkpoint)[0] if args.checkpoint else None
+        original = named(args.checkpoint, export_verbs.read_checkpoint)[0] if args.checkpoint else None
         ledgers = [named(path, lambda path: read_ledger(path, original)) for path in (args.file, args.second)
                    if path is not None]
         text = json.dumps(as_json(ledgers), indent=1, allow_nan=False) + "\n"

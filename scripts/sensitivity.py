@@ -2,7 +2,7 @@
 
     python scripts/sensitivity.py final_model.safetensors --data DIR --tokenizer MODEL -o map       # map.json, .csv, .png
     python scripts/sensitivity.py final_model.safetensors --data DIR --tokenizer MODEL -o map --split train
-    python scripts/sensitivity.py final_model.safetensors --statistics FILE --cheap -o map          # the estimate alone
+    python scripts/sensitivity.py final_model.safetensors --calibration-tokens 65536 --cheap ...  # the estimate alone
 
 Each matrix alone, then each family, is stored in three ways and the model evaluated with what a reader would get back:
 
@@ -14,7 +14,7 @@ Each matrix alone, then each family, is stored in three ways and the model evalu
 --base-bits. `relative_error` is ||W - Q||^2 / ||W||^2. `bytes` are those of the matrix after entropy coding.
 `nats_per_byte` is nats over the bytes by which it differs from the model it is compared with: half precision for points
 and residual, --base-bits for keep_float; null where both are equal. `expected_nats` is the second-order estimate from
---statistics (of `export.py calibrate`), null without.
+--calibration-tokens, null without.
 
 Every measurement goes at once into OUT.cache.jsonl, keyed by weights, tokens and device: an interrupted run goes on where it
 was. Only a map of --split train may plan an artifact (EXPORT_ALLOCATE=sensitivity).
@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import export_verbs  # noqa: E402
 import numpy as np  # noqa: E402  (the repository's root is not on the path before)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -235,7 +236,7 @@ def read_tokens(data: str, split: str, seq_len: int, max_tokens: int, tokenizer:
 
 
 def open_evaluation(args: argparse.Namespace, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Evaluation:
-    rt, model, tokenizer = train_gpt.open_model(state, meta, args.tokenizer, args.device)
+    rt, model, tokenizer = export_verbs.open_model(state, meta, args.tokenizer, args.device)
     seq_len = int(meta["train_seq_len"])
     tokens = read_tokens(args.data, args.split, seq_len, args.max_tokens, tokenizer)
     table, held = train_gpt.byte_table(tokenizer, rt.device), model.state_dict()
@@ -393,27 +394,27 @@ def widths(text: str) -> list[int]:
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = export.OneLineParser(prog="sensitivity.py", description="What quantising each matrix costs.")
+    parser = export_verbs.OneLineParser(prog="sensitivity.py", description="What quantising each matrix costs.")
     parser.add_argument("checkpoint")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="OUT.json, OUT.csv, OUT.png, OUT.cache.jsonl")
-    parser.add_argument("--data", metavar="DIR")
-    parser.add_argument("--tokenizer", metavar="MODEL")
+    parser.add_argument("--data", metavar="DIR", required=True)
+    parser.add_argument("--tokenizer", metavar="MODEL", required=True)
     parser.add_argument("--split", choices=("val", "train"), default="val", help="only train may plan an artifact")
     parser.add_argument("--max-tokens", type=int, default=65_536, help="the split's first ones; 0 = all")
     parser.add_argument("--bits", type=widths, default=list(WIDTHS), metavar="2,3,...")
     parser.add_argument("--base-bits", type=int, choices=WIDTHS, default=4, help="of everything else, for keep_float")
     parser.add_argument("--residual-rank", type=int, default=1, help="0 = no residual")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--statistics", metavar="FILE", help="of `export.py calibrate`")
-    parser.add_argument("--cheap", action="store_true", help="the estimate from --statistics alone, no evaluation")
+    parser.add_argument("--calibration-tokens", type=int, default=0, help="training tokens for the second-order estimate")
+    parser.add_argument("--cheap", action="store_true", help="that estimate alone, no evaluation")
     parser.add_argument("--knob", action="append", default=[], metavar="NAME=VALUE", help="for checkpoints without meta")
     args = parser.parse_args(argv)
     for wrong, text in (
         (args.max_tokens < 0, f"--max-tokens must be at least 0, got {args.max_tokens}"),
         (not 0 <= args.residual_rank <= export.MAX_RANK,
          f"--residual-rank must be in 0..{export.MAX_RANK}, got {args.residual_rank}"),
-        (args.cheap and not args.statistics, "--cheap needs --statistics"),
-        (not args.cheap and not (args.data and args.tokenizer), "an evaluation needs --data and --tokenizer"),
+        (args.calibration_tokens < 0, f"--calibration-tokens must be at least 0, got {args.calibration_tokens}"),
+        (args.cheap and not args.calibration_tokens, "--cheap needs --calibration-tokens"),
         (not Path(args.output).parent.is_dir(), f"{Path(args.output).parent} is no folder"),
         (importlib.util.find_spec("matplotlib") is None, "the picture needs matplotlib, which is not installed"),
     ):
@@ -422,17 +423,22 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def statistics_key(statistics: export.Statistics | None) -> str:
+    """What cached estimates belong to."""
+    terms = {} if statistics is None else statistics.terms
+    sums = [(name, k, float(t.rows.double().sum()), float(t.moment.double().sum()))
+            for name, uses in sorted(terms.items()) for k, t in enumerate(uses)]
+    return digest_of(json.dumps(sums).encode()) if sums else ""
+
+
 def run(args: argparse.Namespace) -> None:
-    state, meta = export.read_with_meta(args.checkpoint, args.knob)
+    state, meta = export_verbs.read_with_meta(args.checkpoint, args.knob)
     matrices = matrices_of(state)
-    statistics, statistics_digest = None, ""
-    if args.statistics:
-        statistics = export.read_statistics(args.statistics)
-        export.check_statistics(statistics, state)
-        statistics_digest = digest_of(Path(args.statistics).read_bytes())
     evaluation = None if args.cheap else open_evaluation(args, state, meta)
+    statistics = None if not args.calibration_tokens else export_verbs.calibrate_state(
+        state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device, tokens=args.calibration_tokens)
     cache = Cache(Path(f"{args.output}.cache.jsonl"))
-    subject = Subject(matrices, export.weights_digest(state), cache, statistics, statistics_digest)
+    subject = Subject(matrices, export.weights_digest(state), cache, statistics, statistics_key(statistics))
     found = map_of(subject, args, evaluation)
     outputs = {"json": (json.dumps(found, indent=1) + "\n").encode(), "csv": csv_of(found), "png": picture_of(found)}
     for end, data in outputs.items():

@@ -12,11 +12,12 @@ import io
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import export_verbs
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,7 @@ import sensitivity
 
 BITS, BASE_BITS = (2, 4, 8), 4
 TOKENS = 256
+CALIBRATION = "256"
 Q = "blocks.1.attn.c_q.weight"
 
 
@@ -39,7 +41,7 @@ Q = "blocks.1.attn.c_q.weight"
 class Case:
     """A small trained model on disk."""
     checkpoint: Path
-    statistics: Path
+    statistics: export.Statistics
     state: dict[str, Tensor]
     meta: dict[str, Any]
     data: TinyData
@@ -65,10 +67,10 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Case:
         train_gpt.train_step(job, 1.0, 0.9)
     state = {name: t.detach().clone() for name, t in job.model.state_dict().items()}
     train_gpt.write_checkpoint(folder / "model.safetensors", state, {"artifact_meta": job.meta})
-    statistics = train_gpt.calibrate_state(
-        state, job.meta, data=str(tiny_data.folder), tokenizer=str(tiny_data.tokenizer), device="cpu", tokens=256)
-    export.save_statistics(folder / "statistics", statistics)
-    return Case(folder / "model.safetensors", folder / "statistics", state, job.meta, tiny_data)
+    statistics = export_verbs.calibrate_state(
+        state, job.meta, data=str(tiny_data.folder), tokenizer=str(tiny_data.tokenizer), device="cpu",
+        tokens=int(CALIBRATION))
+    return Case(folder / "model.safetensors", statistics, state, job.meta, tiny_data)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def made(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Made:
     output, counter, said = tmp_path_factory.mktemp("map") / "map", Counter(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(train_gpt, "evaluate", counter)
-        assert sensitivity.main(case.command(output, statistics=str(case.statistics))) == 0
+        assert sensitivity.main(case.command(output, calibration_tokens=CALIBRATION)) == 0
     return Made(output, json.loads(Path(f"{output}.json").read_text()), said.getvalue().splitlines(), counter.calls)
 
 
@@ -232,7 +234,7 @@ def test_the_model_is_left_as_it_was(case: Case, made: Made) -> None:
 
 
 def test_the_estimate_is_the_second_order_one(case: Case, made: Made) -> None:
-    terms = export.read_statistics(case.statistics).terms
+    terms = case.statistics.terms
     for name, bits in ((Q, 2), ("tok_emb.weight", 4)):
         error = (case.state[name] - rounded_rows(case.state[name], bits)).double()
         total = 0.0
@@ -246,7 +248,7 @@ def test_the_estimate_is_the_second_order_one(case: Case, made: Made) -> None:
 def test_cheap_evaluates_nothing_and_is_no_plan(
     case: Case, made: Made, counter: Counter, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = case.command(tmp_path / "map", statistics=str(case.statistics), data=None, tokenizer=None)
+    flags = case.command(tmp_path / "map", calibration_tokens=CALIBRATION)
     assert sensitivity.main([*flags, "--cheap"]) == 0
     found = json.loads((tmp_path / "map.json").read_text())
     assert counter.calls == 0
@@ -255,7 +257,7 @@ def test_cheap_evaluates_nothing_and_is_no_plan(
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     assert "not measured" in capsys.readouterr().out
     with pytest.raises(export.ArtifactError, match="sensitivity map: found TypeError"):
-        export.read_sensitivity(tmp_path / "map.json", case.state)
+        export.read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
 
 
 @pytest.mark.parametrize(("a", "b", "wanted"), [
@@ -292,7 +294,7 @@ def test_each_loss_is_evaluated_once(made: Made) -> None:
 
 def test_a_finished_run_evaluates_nothing(case: Case, made: Made, counter: Counter) -> None:
     before = {end: made.file(end).read_bytes() for end in ("json", "csv", "cache.jsonl")}
-    assert sensitivity.main(case.command(made.output, statistics=str(case.statistics))) == 0
+    assert sensitivity.main(case.command(made.output, calibration_tokens=CALIBRATION)) == 0
     assert counter.calls == 0
     assert {end: made.file(end).read_bytes() for end in before} == before
 
@@ -302,7 +304,7 @@ def test_a_cut_run_goes_on(case: Case, made: Made, counter: Counter, tmp_path: P
     lines = made.file("cache.jsonl").read_bytes().splitlines(keepends=True)
     half = lines[:len(lines) // 2]
     (tmp_path / "map.cache.jsonl").write_bytes(b"".join(half)[:-cut or None])
-    assert sensitivity.main(case.command(tmp_path / "map", statistics=str(case.statistics))) == 0
+    assert sensitivity.main(case.command(tmp_path / "map", calibration_tokens=CALIBRATION)) == 0
     kept = half[:-1] if cut else half
     assert counter.calls == made.evaluations - sum(b'"of": "loss ' in line for line in kept) > 0
     assert (tmp_path / "map.json").read_bytes() == made.file("json").read_bytes()
@@ -349,10 +351,11 @@ def test_only_a_map_of_training_tokens_may_plan(
 ) -> None:
     assert "only a map of --split train may plan an artifact" in made.lines[-1]
     with pytest.raises(export.ArtifactError, match="found one measured on the val split"):
-        export.read_sensitivity(made.file("json"), case.state)
+        export.read_sensitivity(made.file("json"), export.shapes_of(case.state))
     assert sensitivity.main(case.command(tmp_path / "map", split="train", residual_rank="0")) == 0
     assert "(may plan an artifact)" in capsys.readouterr().out.splitlines()[-1]
-    found, read = json.loads((tmp_path / "map.json").read_text()), export.read_sensitivity(tmp_path / "map.json", case.state)
+    found = json.loads((tmp_path / "map.json").read_text())
+    read = export.read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
     assert found["split"] == "train"
     p = point(found, "tok_emb.weight", 2)
     assert read.loss("tok_emb.weight", p["relative_error"]) == pytest.approx(p["nats"], rel=1e-6)
@@ -378,11 +381,6 @@ def test_matrices_come_in_the_order_of_their_blocks() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def other_statistics(case: Case, folder: Path) -> str:
-    export.save_statistics(folder / "other", replace(export.read_statistics(case.statistics), weights="00"))
-    return str(folder / "other")
-
-
 def with_a_nan(case: Case, folder: Path) -> str:
     broken = case.state[Q].clone()
     broken[1, 2] = math.nan
@@ -404,13 +402,12 @@ BAD = {
     "no bits": (lambda case, f: {"bits": ""}, "bits must be in 2..8"),
     "base bits": (lambda case, f: {"base_bits": "16"}, "--base-bits"),
     "rank": (lambda case, f: {"residual_rank": "33"}, "--residual-rank must be in 0..32, got 33"),
-    "other statistics": (lambda case, f: {"statistics": other_statistics(case, f)}, "those of other weights"),
-    "data as statistics": (lambda case, f: {"statistics": str(case.data.tokenizer)}, "calibration statistics"),
-    "no statistics": (lambda case, f: {"statistics": str(f / "none")}, "none"),
+    "negative calibration": (lambda case, f: {"calibration_tokens": "-1"}, "--calibration-tokens must be at least 0"),
+    "much calibration": (lambda case, f: {"calibration_tokens": "99999999"}, "training tokens, calibration wants"),
     "test split": (lambda case, f: {"split": "test"}, "--split"),
     "device": (lambda case, f: {"device": "abacus"}, "DEVICE"),
     "nowhere to write": (lambda case, f: {"o": None, "output": str(f / "none" / "map")}, "is no folder"),
-    "no data flag": (lambda case, f: {"data": None}, "an evaluation needs --data and --tokenizer"),
+    "no data flag": (lambda case, f: {"data": None}, "the following arguments are required: --data"),
 }
 
 
@@ -438,7 +435,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert counter.calls == 0
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "statistics"])
+@pytest.mark.parametrize("missing", ["matplotlib", "calibration"])
 def test_what_is_missing_is_said_before_any_work(
     case: Case, missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,7 +444,7 @@ def test_what_is_missing_is_said_before_any_work(
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         wanted = "sensitivity.py: the picture needs matplotlib, which is not installed\n"
     else:
-        flags, wanted = [*flags, "--cheap"], "sensitivity.py: --cheap needs --statistics\n"
+        flags, wanted = [*flags, "--cheap"], "sensitivity.py: --cheap needs --calibration-tokens\n"
     flags[0] = "never read"
     with pytest.raises(SystemExit, match="2"):
         sensitivity.main(flags)
