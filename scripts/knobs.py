@@ -14,17 +14,18 @@ sys.path.insert(0, str(ROOT))
 
 from train_gpt import Config  # noqa: E402  (the repository's root is not on the path before)
 
+GROUPS = ("Model", "Run", "Data", "Schedule", "Evaluation", "Checkpoint", "Optimiser", "Export")
 BEGIN, END = "<!-- knobs: made by scripts/knobs.py -->", "<!-- end of knobs -->"
 
 
 def table() -> str:
-    """Markdown: one section a group, in the order in which the groups first appear."""
-    groups: dict[str, list[str]] = {}
+    """Markdown: one section a group, in the order of GROUPS."""
+    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for f in fields(Config):
         default = int(f.default) if isinstance(f.default, bool) else "1/127" if f.default == 1 / 127 else f.default
         choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
         row = f"| `{f.name.upper()}` | {default} | {f.metadata['help']}{choices} |"
-        groups.setdefault(f.metadata["group"], []).append(row)
+        groups[f.metadata["group"]].append(row)
     head = "| knob | default | meaning |\n|---|---|---|"
     return "\n\n".join(f"**{group}**\n\n{head}\n" + "\n".join(rows) for group, rows in groups.items())
 

@@ -27,11 +27,11 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import export_verbs  # noqa: E402
 import numpy as np  # noqa: E402  (the repository's root is not on the path before)
 from torch import Tensor  # noqa: E402
 
 import export  # noqa: E402
+import export_verbs  # noqa: E402
 
 TENSOR_COMPONENTS: tuple[str, ...] = ("codes", "scales", "residuals", "exceptions", "floats", "raw")
 OTHER_COMPONENTS = ("metadata", "code")

@@ -40,12 +40,12 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import export_verbs  # noqa: E402
 import numpy as np  # noqa: E402  (the repository's root is not on the path before)
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import export  # noqa: E402
+import export_verbs  # noqa: E402
 import train_gpt  # noqa: E402
 
 OPTIONS = export.ExportOptions(int8_scale_floor=0.0)

@@ -29,9 +29,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import ledger  # noqa: E402
-
 import export  # noqa: E402
+import ledger  # noqa: E402
 from export import ExportOptions  # noqa: E402
 
 FC, PROJ, SCALE = "blocks.0.mlp.fc.weight", "blocks.0.mlp.proj.weight", "blocks.0.attn_scale"

@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import export_verbs
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,7 @@ from conftest import ROOT, TinyData, build_job, tiny_knobs
 from torch import Tensor
 
 import export
+import export_verbs
 import train_gpt
 
 pytest.importorskip("matplotlib")
