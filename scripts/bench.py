@@ -69,14 +69,16 @@ def measure(job: train_gpt.Job, warmup: int, steps: int) -> dict[str, object]:
     result = job.evaluate(job.compiled, 0)
     state = {name: t.cpu() for name, t in job.model.state_dict().items()}
     path = job.folder.path / "bench.ptz"
-    export_s = timed(rt, lambda: export.save_artifact(path, state, job.meta, cfg.export_options))
+    known = train_gpt.calibrate_job(job)        # with CALIBRATION_TOKENS
+    options, code = cfg.export_options, train_gpt.code_bytes()
+    export_s = timed(rt, lambda: export.save_artifact(path, state, job.meta, options, statistics=known, code_bytes=code))
     load_s = timed(rt, lambda: export.load_artifact(path))
     return {
         "device": rt.describe(), "torch": train_gpt.torch.__version__, "params": sum(t.numel() for t in state.values()),
         "shape": f"{cfg.num_layers}x{cfg.model_dim}", "batch_tokens": cfg.train_batch_tokens, "micro_batch": cfg.micro_batch,
         "step_ms": spread(step_s), "tokens_per_s": round(cfg.train_batch_tokens / statistics.median(step_s)),
         "eval_tokens_per_s": round(result.tokens / result.seconds), "peak_memory_mib": rt.peak_memory_mib()[0],
-        "export_s": round(export_s, 2), "load_s": round(load_s, 2), "artifact_bytes": path.stat().st_size,
+        "calibrate_s": round(job.seconds.get("calibrate", 0.0), 2), "export_s": round(export_s, 2), "load_s": round(load_s, 2), "artifact_bytes": path.stat().st_size,
     }
 
 
