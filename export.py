@@ -1142,16 +1142,19 @@ def deflate_by(raw: bytes, strategy: int) -> bytes:
 
 def to_digits(codes: np.ndarray, limit: int) -> np.ndarray:
     """Codes of -limit..limit as digits in base 2 limit + 1, several to a byte: deflate spends at least a bit on a symbol."""
-    base, per = 2 * limit + 1, digits_per_byte(limit)
+    per = digits_per_byte(limit)
     digits = np.zeros(-(-codes.size // per) * per, np.uint8)
     digits[:codes.size] = codes + limit
-    return (digits.reshape(-1, per) * base ** np.arange(per)).sum(1).astype(np.uint8)
+    return (digits.reshape(-1, per) * digit_values(limit)).sum(1, dtype=np.uint8)
 
 
 def from_digits(packed: np.ndarray, limit: int, count: int) -> np.ndarray:
-    base, per = 2 * limit + 1, digits_per_byte(limit)
-    digits = packed[:, None] // base ** np.arange(per) % base
-    return (digits.reshape(-1)[:count] - limit).astype(np.int8)
+    digits = packed[:, None] // digit_values(limit) % np.uint8(2 * limit + 1)
+    return digits.reshape(-1)[:count].view(np.int8) - np.int8(limit)
+
+
+def digit_values(limit: int) -> np.ndarray:
+    return ((2 * limit + 1) ** np.arange(digits_per_byte(limit))).astype(np.uint8)
 
 
 def digits_per_byte(limit: int) -> int:
@@ -1161,16 +1164,29 @@ def digits_per_byte(limit: int) -> int:
     return per
 
 
-def code_order(row: PlanRow, layout: str, scales: np.ndarray) -> np.ndarray:
-    """Positions of a matrix's codes in the order of its stream."""
-    by_rows, axis = np.arange(row.numel), LAYOUTS.index(layout) % 2
-    if len(row.shape) != 2 or layout == "rows":
-        return by_rows
-    slices = by_rows.reshape(row.shape) if axis == 0 else by_rows.reshape(row.shape).T
-    if layout.endswith("by_scale"):
-        own = scales[:row.shape[0]] if axis == 0 else scales[row.scale_counts[0]:][:row.shape[1]]
-        slices = slices[np.argsort(own, kind="stable")]
-    return slices.reshape(-1)
+def arranged(row: PlanRow, layout: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """A tensor's codes, given in row order, in the order of a layout."""
+    if layout == "rows":
+        return codes
+    slices = codes.reshape(row.shape) if layout.startswith("rows") else codes.reshape(row.shape).T
+    return slices[slice_order(row, layout, scales)].reshape(-1)
+
+
+def in_row_order(row: PlanRow, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The reverse of `arranged` for the row's own layout."""
+    if row.layout == "rows":
+        return codes
+    by_rows = row.layout.startswith("rows")
+    slices = np.empty(row.shape if by_rows else row.shape[::-1], np.int8)
+    slices[slice_order(row, row.layout, scales)] = codes.reshape(slices.shape)
+    return (slices if by_rows else slices.T).reshape(-1)
+
+
+def slice_order(row: PlanRow, layout: str, scales: np.ndarray) -> slice | np.ndarray:
+    """Rows or columns in the order of their scales, or as they are."""
+    n_row, n_col = row.scale_counts
+    own = scales[:n_row] if layout.startswith("rows") else scales[n_row:n_row + n_col]
+    return np.argsort(own, kind="stable") if layout.endswith("by_scale") else slice(None)
 
 
 def layouts_of(row: PlanRow) -> list[str]:
@@ -1186,7 +1202,7 @@ def pack_codes(stored: Stored, layouts: Sequence[str] = (), thorough: bool = Tru
     row, codes = stored.row, stored.values["codes"].reshape(-1)
     limit, tries = int(np.abs(codes).max()), []
     for layout in layouts or layouts_of(row):
-        own = codes if layout == "rows" else codes[code_order(row, layout, stored.values["scales"])]
+        own = arranged(row, layout, codes, stored.values["scales"])
         raws = [(DEFLATE, own.tobytes())]
         if 1 <= limit <= MAX_RADIX_CODE:
             raws.append((DEFLATE + limit, to_digits(own, limit).tobytes()))
@@ -1389,9 +1405,7 @@ def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[s
         require(sound, f"scales of {row.name}", offsets["scales"], f"{scales.min()}..{scales.max()}", "finite, above 0")
         low = int(values["codes"].min())
         require(low >= -MAX_CODE, stream, offsets[stream], low, f"{-MAX_CODE}..{MAX_CODE}")
-        codes = np.empty(row.numel, np.int8)
-        codes[code_order(row, row.layout, scales)] = values["codes"]
-        values["codes"] = codes
+        values["codes"] = in_row_order(row, values["codes"], scales)
     if row.kept != "none":
         at = values["index"].astype(np.int64)
         most = row.numel if row.kept == "entries" else row.shape[KEPT.index(row.kept) - 1]

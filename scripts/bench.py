@@ -78,7 +78,8 @@ def measure(job: train_gpt.Job, warmup: int, steps: int) -> dict[str, object]:
         "shape": f"{cfg.num_layers}x{cfg.model_dim}", "batch_tokens": cfg.train_batch_tokens, "micro_batch": cfg.micro_batch,
         "step_ms": spread(step_s), "tokens_per_s": round(cfg.train_batch_tokens / statistics.median(step_s)),
         "eval_tokens_per_s": round(result.tokens / result.seconds), "peak_memory_mib": rt.peak_memory_mib()[0],
-        "calibrate_s": round(job.seconds.get("calibrate", 0.0), 2), "export_s": round(export_s, 2), "load_s": round(load_s, 2), "artifact_bytes": path.stat().st_size,
+        "calibrate_s": round(job.seconds.get("calibrate", 0.0), 2), "export_s": round(export_s, 2),
+        "load_s": round(load_s, 2), "artifact_bytes": path.stat().st_size,
     }
 
 
