@@ -1655,8 +1655,9 @@ def calibration_batches(cfg: Config, rt: Runtime) -> int:
 
 
 def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Time that the calibration will take at the pace so far: uncompiled, it takes up to four times as long a token."""
-    return 4 * cfg.calibration_tokens / cfg.train_batch_tokens * elapsed_ms / max(step, 1)
+    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is."""
+    at_pace = cfg.calibration_tokens / cfg.train_batch_tokens * elapsed_ms / max(step, 1)
+    return 1000 + 2 * at_pace if cfg.calibration_tokens else 0.0
 
 
 def calibrate_job(job: Job) -> Statistics | None:
