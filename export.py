@@ -1402,7 +1402,8 @@ def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[s
         require(high <= 1, f"raw of {row.name}", offsets["raw"], high, "0 or 1")
     tensor = restore(row, values)
     stream = stream_of(next(iter(values)), row)
-    require(bool(tensor.isfinite().all()), f"values of {row.name}", offsets[stream], "one not finite", "finite values")
+    finite = bool(tensor.isfinite().all()) and all(np.isfinite(array).all() for array in values.values())
+    require(finite, f"values of {row.name}", offsets[stream], "one not finite", "finite values")     # factors too
     return tensor
 
 
