@@ -1505,6 +1505,7 @@ def carried_out(state: dict[str, Tensor], meta: Mapping[str, Any], options: Expo
 def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored],
               gains: dict[str, int]) -> Export:
     """The bytes of stored tensors."""
+    assert list(tensors) == sorted(state), "the plan's rows are exactly the state's tensors"
     check_total((s.row for s in tensors.values()), None)
     quantised, floored, error, energy = 0, 0.0, 0.0, 0.0
     coded: dict[str, tuple[int, bytes]] = {}
