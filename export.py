@@ -1524,7 +1524,9 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     for stream in list(stream_counts(plan))[len(coded):]:
         coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
     table = [(method, len(body)) for method, body in coded.values()]
-    data, header_bytes = frame(pack_header(pack_meta(dict(meta)), plan, table), (body for _, body in coded.values()))
+    text = pack_meta(dict(meta))
+    require(pack_meta(parse_meta(text, "meta", None)) == text, "meta", None, "keys that are no strings", "a JSON object")
+    data, header_bytes = frame(pack_header(text, plan, table), (body for _, body in coded.values()))
     parts = part_bytes(header_bytes, coded, table)
     assert sum(parts.values()) == len(data)
     rms_error = math.sqrt(error / energy) if energy else 0.0
