@@ -722,6 +722,7 @@ def test_25_000_mutations_under_a_right_checksum_never_escape_the_parser(where: 
                 (row.name, row.shape, f"torch.{row.dtype}") for row in artifact.plan]
             assert all(bool(v.isfinite().all()) for v in artifact.state.values())
             assert sum(artifact.parts.values()) == len(damaged)
+            assert survivors[i % 2] % 100 or same(artifact.state, plain_read(damaged))
     # some land in weights and scales, which no parser can tell from others
     assert all(0 < n < 10_000 for n in survivors), survivors
 
@@ -982,7 +983,7 @@ def test_sound_but_large_radix_streams_take_bounded_memory() -> None:
     assert not decode_artifact(data).state["w"].any()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 32 * n
+    assert peak < 20 * n
 
 
 INDEX_FAULTS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
