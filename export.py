@@ -1646,7 +1646,8 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
             predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
                                             int8_clip_sigmas=0.0, int8_keep_float_max_numel=numel), q_max)
             for numel, q_max in ((2**62, None), (1024, 1.0)))
-        return round(min(max(options.artifact_cap_bytes - code_bytes - FIT_WINDOW_BYTES / 4, coarsest), finest))
+        high = options.artifact_cap_bytes - code_bytes
+        return round(min(max(high - min(FIT_WINDOW_BYTES / 4, high / 200), coarsest), finest))
     return round(predicted_bytes(shapes, options, None))
 
 
