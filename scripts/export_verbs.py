@@ -396,7 +396,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
 
 
 def as_bool(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+    return bool(("0", "1").index(text))     # a ValueError otherwise, which argparse reports in one line
 
 
 def command_line() -> argparse.ArgumentParser:
