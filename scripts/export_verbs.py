@@ -332,8 +332,8 @@ def verify_verb(args: argparse.Namespace) -> int:
     artifact, (state, meta) = load_artifact(args.file), read_with_meta(args.checkpoint, args.knob)
     asked = artifact.meta.get("export", {})
     kinds = {f.name: (int, float) if isinstance(f.default, float) else type(f.default) for f in fields(ExportOptions)}
-    unknown = sorted(k for k, v in asked.items() if not isinstance(v, kinds.get(k, ()))) if isinstance(asked, dict) else [asked]
-    require(not unknown, "meta.export", None, unknown, "options of this version")
+    unknown = [k for k, v in asked.items() if not isinstance(v, kinds.get(k, ()))] if isinstance(asked, dict) else [asked]
+    require(not unknown, "meta.export", None, sorted(unknown), "options of this version")
     again = encode_artifact(state, artifact.meta, ExportOptions(**asked), **given_for(args, state, meta))
     names, differing = sorted(again.state.keys() | artifact.state.keys()), 0
     for name in names:
