@@ -460,12 +460,16 @@ def test_each_correction_by_hand(case: str) -> None:
 # Round trip
 
 
-def test_equal_states_give_equal_bytes_for_any_order_and_thread_count() -> None:
+@pytest.mark.parametrize(("sigmas", "thread_counts"), [(0.0, (1, 2, 5)), (3.0, (1, 5))])
+def test_equal_states_give_equal_bytes_for_any_order_and_thread_count(
+    sigmas: float, thread_counts: tuple[int, ...]
+) -> None:
     state = {f"blocks.{i}.w": torch.randn(300, 311, generator=torch.Generator().manual_seed(i)) for i in range(4)}
-    state |= {"symmetric": torch.ones(300, 300), "skip_weights": torch.randn(2, 31), "gain": torch.randn(7)}
-    options = ExportOptions(int8_axis_mode="auto", int8_scale_floor=0.0, weight_quantization_bits=6)
+    state |= {"symmetric": torch.ones(300, 300), "skip_weights": torch.randn(2, 31), "gain": torch.randn(7),
+              "vector": torch.randn(70_001, generator=torch.Generator().manual_seed(9))}
+    options = ExportOptions("auto", int8_scale_floor=0.0, int8_clip_sigmas=sigmas, weight_quantization_bits=6)
     files = set()
-    for threads in (1, 2, 5):
+    for threads in thread_counts:
         torch.set_num_threads(threads)
         names = list(state)
         random.Random(threads).shuffle(names)
