@@ -1416,7 +1416,8 @@ def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[s
         require(high <= 1, f"raw of {row.name}", offsets["raw"], high, "0 or 1")
     tensor = restore(row, values)
     stream = stream_of(next(iter(values)), row)
-    require(bool(tensor.isfinite().all()), f"values of {row.name}", offsets[stream], "one not finite", "finite values")
+    finite = bool(tensor.isfinite().all()) and all(np.isfinite(array).all() for array in values.values())
+    require(finite, f"values of {row.name}", offsets[stream], "one not finite", "finite values")     # factors too
     return tensor
 
 
@@ -1518,6 +1519,7 @@ def carried_out(state: dict[str, Tensor], meta: Mapping[str, Any], options: Expo
 def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored],
               gains: dict[str, int]) -> Export:
     """The bytes of stored tensors."""
+    assert list(tensors) == sorted(state), "the plan's rows are exactly the state's tensors"
     check_total((s.row for s in tensors.values()), None)
     quantised, floored, error, energy = 0, 0.0, 0.0, 0.0
     coded: dict[str, tuple[int, bytes]] = {}
@@ -1536,7 +1538,9 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     for stream in list(stream_counts(plan))[len(coded):]:
         coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
     table = [(method, len(body)) for method, body in coded.values()]
-    data, header_bytes = frame(pack_header(pack_meta(dict(meta)), plan, table), (body for _, body in coded.values()))
+    text = pack_meta(dict(meta))
+    require(pack_meta(parse_meta(text, "meta", None)) == text, "meta", None, "keys that are no strings", "a JSON object")
+    data, header_bytes = frame(pack_header(text, plan, table), (body for _, body in coded.values()))
     parts = part_bytes(header_bytes, coded, table)
     assert sum(parts.values()) == len(data)
     rms_error = math.sqrt(error / energy) if energy else 0.0
@@ -1656,7 +1660,8 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
             predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
                                             int8_clip_sigmas=0.0, int8_keep_float_max_numel=numel), q_max)
             for numel, q_max in ((2**62, None), (1024, 1.0)))
-        return round(min(max(options.artifact_cap_bytes - code_bytes - FIT_WINDOW_BYTES / 4, coarsest), finest))
+        high = options.artifact_cap_bytes - code_bytes
+        return round(min(max(high - min(FIT_WINDOW_BYTES / 4, high / 200), coarsest), finest))
     return round(predicted_bytes(shapes, options, None))
 
 

@@ -331,8 +331,9 @@ def verify_verb(args: argparse.Namespace) -> int:
     """Export the checkpoint again by the options in the file: each tensor must come out bit for bit as in the file."""
     artifact, (state, meta) = load_artifact(args.file), read_with_meta(args.checkpoint, args.knob)
     asked = artifact.meta.get("export", {})
-    unknown = sorted(asked.keys() - {f.name for f in fields(ExportOptions)}) if isinstance(asked, dict) else [asked]
-    require(not unknown, "meta.export", None, unknown, "options of this version")
+    kinds = {f.name: (int, float) if isinstance(f.default, float) else type(f.default) for f in fields(ExportOptions)}
+    unknown = [k for k, v in asked.items() if not isinstance(v, kinds.get(k, ()))] if isinstance(asked, dict) else [asked]
+    require(not unknown, "meta.export", None, sorted(unknown), "options of this version")
     again = encode_artifact(state, artifact.meta, ExportOptions(**asked), **given_for(args, state, meta))
     names, differing = sorted(again.state.keys() | artifact.state.keys()), 0
     for name in names:
@@ -395,7 +396,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.Namespace], int]]] = {
 
 
 def as_bool(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+    return bool(("0", "1").index(text))     # a ValueError otherwise, which argparse reports in one line
 
 
 def command_line() -> argparse.ArgumentParser:
