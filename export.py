@@ -1648,7 +1648,8 @@ TAIL = 1.07     # largest weight of a trained row over that of normals (rows of 
 
 
 def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int = 0) -> int:
-    """The size of a trained model's artifact from its shapes alone; within 1 % unless INT8_SCALE_FLOOR sets the steps.
+    """The size of a trained model's artifact from its shapes alone: within 1 % at 3 bits and above unless
+    INT8_SCALE_FLOOR sets the steps, within 2 % at 2 bits.
 
     It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows.
     Under a floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its
