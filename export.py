@@ -35,7 +35,7 @@ The inflated header:
       1         layout of the codes: 0 row after row, 1 column after column, 2 rows in ascending order of their scales,
                 3 columns so (1: matrices; 2 needs row scales and 3 column scales; equal scales keep their order)
       1         kept: 0 none, 1 rows, 2 columns, 3 entries (int matrices only)
-      1         rank of the correction, 0..32 (above 0: int matrices only)
+      1         rank of the correction, 0..32, at most the rows and the columns (above 0: int matrices only)
       1         factors: how the correction is stored, 0 f16, 1 int8, 2 lqer (0 at rank 0)
       4         kept_count: slices or entries kept, at least 1 if any, at most as many as there are
       1         ndim, 0..8, then 4 each: dims, at least 1
@@ -1583,7 +1583,7 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
                             f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
     if len(best.data) < low:
         floor = f" that INT8_SCALE_FLOOR={options.int8_scale_floor:.6g} allows" if options.int8_scale_floor else ""
-        note = f"{low - len(best.data)} bytes short of the window below the cap: every tensor is at its finest{floor}"
+        note = f"{low - len(best.data)} bytes short of the window below the cap: no tensor has a finer choice that fits{floor}"
         best.report = replace(best.report, note=note)
     return best
 
@@ -1662,7 +1662,8 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
                                             int8_clip_sigmas=0.0, int8_keep_float_max_numel=numel), q_max)
             for numel, q_max in ((2**62, None), (1024, 1.0)))
         high = options.artifact_cap_bytes - code_bytes
-        return round(min(max(high - min(FIT_WINDOW_BYTES / 4, high / 200), coarsest), finest))
+        # Ternary codes depend most on the shape of the weights' distribution: better to refuse than to end over the cap.
+        return round(min(max(high - min(FIT_WINDOW_BYTES / 4, high / 200), 1.15 * coarsest), finest))
     return round(predicted_bytes(shapes, options, None))
 
 
