@@ -20,6 +20,7 @@ import time
 import zlib
 from pathlib import Path
 
+import export_verbs
 import numpy as np
 import pytest
 import torch
@@ -179,13 +180,13 @@ def test_a_run_scores_the_file_that_it_wrote(env, capfd):
     assert found["artifact_bytes"] == artifact.stat().st_size == sum(found["parts"].values())
     assert found["total_bytes"] == found["artifact_bytes"] + found["code_bytes"] <= found["cap_bytes"] == 16_000_000
     loaded = export.load_artifact(artifact)
-    again = train_gpt.evaluate_artifact(loaded.state, loaded.meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"],
-                                        device="cpu", batch_tokens=1024)
+    again = export_verbs.evaluate_artifact(loaded.state, loaded.meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"],
+                                           device="cpu", batch_tokens=1024)
     assert again.val_bpb == pytest.approx(found["roundtrip"]["val_bpb"], rel=1e-12)
-    state, meta = export.read_checkpoint(folder / "final_model.safetensors")
+    state, meta = export_verbs.read_checkpoint(folder / "final_model.safetensors")
     assert meta == loaded.meta
-    raw = train_gpt.evaluate_artifact(state, meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"], device="cpu",
-                                      batch_tokens=1024)
+    raw = export_verbs.evaluate_artifact(state, meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"], device="cpu",
+                                         batch_tokens=1024)
     assert raw.val_bpb == pytest.approx(found["pre_roundtrip"]["val_bpb"], rel=1e-12)
     assert raw.val_bpb != again.val_bpb
     knobs = json.loads((folder / "config.json").read_text())["knobs"]
@@ -227,7 +228,7 @@ def found_names(env: dict[str, str]) -> set[str]:
 def test_the_challenges_own_checkpoints_can_be_written_and_scored(env, tmp_path):
     env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1"}
     assert train_gpt.main(env) == 0
-    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
+    state, _ = export_verbs.read_checkpoint(outputs(env) / "final_model.safetensors")
     torch.save(state, tmp_path / "final_model.pt")
     arguments = ["write", str(tmp_path / "final_model.pt"), "-o", str(tmp_path / "a.ptz"), "--knob", "TRAIN_SEQ_LEN=64",
                  "--knob", "TRAIN_BATCH_TOKENS=2048"]
@@ -242,8 +243,8 @@ def test_the_challenges_int8_artifact_is_scored_as_it_is(env, tmp_path, capsys):
     """A dict of int8 codes and scales under torch.save and zlib, as the baseline's trainer leaves it."""
     env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1", "MODEL_DIM": "256", "NUM_LAYERS": "2"}
     assert train_gpt.main(env) == 0
-    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
-    large = {name: export.quantize(t, 8, "row", 1 / 127) for name, t in state.items() if t.numel() > 65_536}
+    state, _ = export_verbs.read_checkpoint(outputs(env) / "final_model.safetensors")
+    large = {name: export.quantize(t, 127, "row", export.ExportOptions()) for name, t in state.items() if t.numel() > 65_536}
     small = {name: t.half() if t.ndim == 2 and "resid_mix" not in name else t for name, t in state.items()}
     kept = {name: t for name, t in small.items() if name not in large}
     packed = {
@@ -359,8 +360,8 @@ def test_the_wallclock_cap_ends_the_run_with_a_scored_artifact(env):
     assert "stopping_early: wallclock_cap train_time:" in (outputs(env) / "train.log").read_text()
 
 
-def test_an_artifact_over_the_cap_is_loud_saved_and_exits_with_3(env):
-    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": "100000"}
+def test_an_artifact_over_the_cap_that_is_only_warned_of_is_loud_saved_and_exits_with_3(env):
+    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": "100000", "CAP_POLICY": "warn"}
     assert train_gpt.main(env) == 3
     assert not summary(env)["under_cap"]
     assert (outputs(env) / "final_model.int8.ptz").is_file()
