@@ -84,7 +84,7 @@ def root(moment: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    return sum((x.double()[:, None] * y.double() for x, y in zip(a, b, strict=True)), torch.zeros(a.shape[1], b.shape[1]).double())
+    return torch.einsum("ki,kj->ij", a.double(), b.double())
 
 
 def spectrum(rows: int, cols: int, values: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +217,11 @@ def test_rounded_factors_leave_little_more_than_exact_ones(kind: str, worst: flo
     assert math.sqrt(left / sum_squares(error)) <= worst * math.sqrt(exact / sum_squares(error)) + (kind == "lqer") * 0.35
 
 
-@settings(max_examples=60, deadline=None)
+def value_bytes(stored: Stored) -> int:
+    return sum(v.nbytes for v in stored.values.values())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 2), st.booleans(),
        st.sampled_from(["normal", "constant", "zero rows", "one entry"]))
 def test_a_residual_never_increases_the_error_it_is_scored_on(
@@ -241,7 +245,7 @@ def test_a_residual_never_increases_the_error_it_is_scored_on(
         score = slow_loss(error, terms["w"]) if uses else sum_squares(error) / max(sum_squares(w), 1e-300) * w.numel()
         assert offer.loss == pytest.approx(score, rel=1e-3, abs=1e-9)
         assert offer.loss < found[0].loss
-        assert offer.nbytes == sum(v.nbytes for v in offer.stored.values.values()) - sum(v.nbytes for v in plain.values.values())
+        assert offer.nbytes == value_bytes(offer.stored) - value_bytes(plain)
         assert offer.nbytes > 0
 
 
@@ -274,7 +278,7 @@ def test_spending_pays_no_more_than_the_price() -> None:
     assert taken_bytes(spend(offered, 1000, 0.6)) == {"a": 0, "b": 0}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.lists(st.tuples(st.integers(1, 60), st.floats(0, 0.99)), max_size=5), min_size=1, max_size=5),
        st.integers(0, 150), st.floats(0, 0.05))
 def test_spending_stays_within_the_budget_and_stops_only_when_nothing_worth_it_fits(
@@ -294,8 +298,8 @@ def test_spending_stays_within_the_budget_and_stops_only_when_nothing_worth_it_f
 # --- whole exports ------------------------------------------------------------------------------------------------------
 
 
-NAMES = [f"blocks.{b}.{part}.weight" for b in range(6)
-         for part in ("attn.c_q", "attn.proj", "mlp.fc", "mlp.proj")] + ["tok_emb.weight", "lm_head.weight", "embed_proj.weight"]
+NAMES = [f"blocks.{b}.{part}.weight" for b in range(6) for part in ("attn.c_q", "attn.proj", "mlp.fc", "mlp.proj")]
+NAMES += ["tok_emb.weight", "lm_head.weight", "embed_proj.weight"]
 TARGETED = {
     "off": NAMES,
     "all_mlp_proj": [f"blocks.{b}.mlp.proj.weight" for b in range(6)],
@@ -342,8 +346,7 @@ def test_an_export_with_corrections_reads_back_bit_for_bit_with_a_smaller_error_
         w = state[name].double()
         assert sum_squares(w - artifact.state[name]) <= sum_squares(w - decode_artifact(plain.data).state[name])
     assert fixed.report.rms_error < plain.report.rms_error
-    extra = sum(v.nbytes for s in fixed.tensors.values() for v in s.values.values())
-    extra -= sum(v.nbytes for s in plain.tensors.values() for v in s.values.values())
+    extra = sum(value_bytes(s) - value_bytes(plain.tensors[name]) for name, s in fixed.tensors.items())
     assert 0 < extra <= budget
     ranks = {row.rank for row in artifact.plan}
     assert max(ranks) <= rank
@@ -455,11 +458,11 @@ def map_file(path: Path, **changes: Any) -> Path:
 
 def test_a_map_is_read(tmp_path: Path) -> None:
     found = read_sensitivity(map_file(tmp_path / "m.json"), SHAPES)
-    assert found.points == {name: ((1e-4, 1e-3), (1e-2, 0.2)) for name in ("a.weight", "c.weight")}
+    assert found.points == dict.fromkeys(("a.weight", "c.weight"), ((1e-4, 1e-3), (1e-2, 0.2)))
 
 
 def test_points_that_help_by_chance_are_lifted_to_a_tenth_of_the_line(tmp_path: Path) -> None:
-    points = [{"relative_error": 1e-6, "nats": -1e-5}, {"relative_error": 1e-4, "nats": 1e-3}, {"relative_error": 0, "nats": 0}]
+    points = [{"relative_error": e, "nats": nats} for e, nats in ((1e-6, -1e-5), (1e-4, 1e-3), (0, 0))]
     tensors = {"a.weight": {"shape": [3, 4], "points": points}}
     found = read_sensitivity(map_file(tmp_path / "m.json", tensors=tensors), {"a.weight": (3, 4)})
     (low, lifted), second = found.points["a.weight"]
@@ -470,7 +473,8 @@ def test_points_that_help_by_chance_are_lifted_to_a_tenth_of_the_line(tmp_path: 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"split": "val"}, "artifact: sensitivity map: found one measured on the val split, expected one measured on training"
                        " tokens (--split train): validation data must not shape an artifact"),
-    ({"tensors": {}}, "artifact: sensitivity map, tensor a.weight: found nothing, expected (3, 4): the map is of another model"),
+    ({"tensors": {}}, "artifact: sensitivity map, tensor a.weight: found nothing, expected (3, 4): the map is of another"
+                      " model"),
     ({"tensors": {"a.weight": {"shape": [3, 5], "points": [{"relative_error": 1, "nats": 1}]}}},
      "artifact: sensitivity map, tensor a.weight: found (3, 5), expected (3, 4): the map is of another model"),
     ({"tensors": {"a.weight": {"shape": [3, 4]}}},
@@ -504,7 +508,7 @@ def test_a_map_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_sensitivity(tmp_path / "none.json", SHAPES)
 
 
-@pytest.mark.parametrize("nats", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("nats", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("key", ["relative_error", "nats"])
 def test_a_map_with_a_value_that_is_not_finite_is_refused(tmp_path: Path, key: str, nats: str) -> None:
     path = map_file(tmp_path / "m.json")
