@@ -607,7 +607,7 @@ class Judge:
 
     def loss(self, name: str, w: Tensor, error: Tensor) -> float:
         relative = sum_squares(error) / max(sum_squares(w), 1e-300)
-        if self.sensitivity is not None:
+        if self.sensitivity is not None and name in self.sensitivity.points:    # it knows the matrices, no controls
             return self.sensitivity.loss(name, relative)
         terms = self.terms(name)
         return expected_loss(error, terms) if terms else relative * w.numel()
@@ -636,6 +636,8 @@ def read_sensitivity(path: str | os.PathLike[str], shapes: Mapping[str, Sequence
         split, points = found["split"], {}
         for name, entry in found["tensors"].items():
             pairs = sorted((float(p["relative_error"]), float(p["nats"])) for p in entry["points"])
+            if not np.isfinite(pairs).all():
+                raise ValueError(f"{name} has a point that is not finite")
             line = float(np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0]))
             # Fine quantisation can help by chance: points below a tenth of the line through the origin are put there.
             points[name] = tuple((e, max(nats, 0.1 * line * e, 1e-300)) for e, nats in pairs if e > 0)
