@@ -356,7 +356,8 @@ def test_an_export_with_corrections_reads_back_bit_for_bit_with_a_smaller_error_
 
 def test_a_budget_below_the_smallest_correction_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     options = ExportOptions(int8_keep_float_max_numel=0, int8_residual_rank=2, int8_residual_budget_bytes=3)
-    with pytest.raises(ValueError, match=r"^INT8_RESIDUAL_BUDGET_BYTES=3 holds no correction: the smallest takes \d+ bytes$"):
+    message = r"^INT8_RESIDUAL_BUDGET_BYTES=3 holds no correction: the smallest takes \d+ bytes$"
+    with pytest.raises(ValueError, match=message):
         save_artifact(tmp_path / "a.ptz", model_state(), {}, options)
     assert not list(tmp_path.iterdir())
 
