@@ -1472,7 +1472,7 @@ def encode_artifact(
         raise ValueError("; ".join(faults))
     for needed, given in (("hessian", statistics), ("sensitivity", sensitivity)):
         if options.export_allocate == needed and given is None:
-            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {'calibration statistics' if statistics is None else 'a map'}")
+            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {'calibration statistics' if needed == 'hessian' else 'a map'}")
     require(len(state) <= MAX_TENSORS, "state", None, f"{len(state)} tensors", f"at most {MAX_TENSORS}")
     for name in state:
         check_tensor(name, state[name])
