@@ -405,7 +405,7 @@ def quantize_weighted(w: Tensor, q_max: float, axis: str, costs: tuple[Tensor, T
     col = col / col.log().mean().exp() if axis != "row" else torch.ones_like(col)
     step = 4 / q_max * (w.double() / row[:, None] / col).square().mean().sqrt().float()
     row, col = (row, col * step) if axis == "col" else (row * step, col)
-    row, col = (side.half().clamp(2**-24, 65504) for side in (row, col))
+    row, col = (side.half().clamp_min(2**-24) for side in (row, col))
     codes = (w.float() / row.float()[:, None] / col.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
     return codes, {"row": row, "col": col, "both": torch.cat([row, col])}[axis]
 
