@@ -1551,7 +1551,7 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
         export = carried_out(state, meta, options, choices, judge, price if allocates else None)
         total = len(export.data)
         nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
-            [(name, c.nbytes) for name, c in curves.items()], [(name, c.loss) for name, c in curves.items()]))
+            [(name, c.nbytes) for name, c in curves.items()], [(name, c.loss) for name, c in curves.items() if not is_control(name)]))
         export.report = replace(
             export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
         if total <= high and (best is None or total >= len(best.data)):
