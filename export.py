@@ -1472,7 +1472,8 @@ def encode_artifact(
         raise ValueError("; ".join(faults))
     for needed, given in (("hessian", statistics), ("sensitivity", sensitivity)):
         if options.export_allocate == needed and given is None:
-            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {'calibration statistics' if needed == 'hessian' else 'a map'}")
+            what = "calibration statistics" if needed == "hessian" else "a map"
+            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {what}")
     require(len(state) <= MAX_TENSORS, "state", None, f"{len(state)} tensors", f"at most {MAX_TENSORS}")
     for name in state:
         check_tensor(name, state[name])
@@ -1551,7 +1552,8 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
         export = carried_out(state, meta, options, choices, judge, price if allocates else None)
         total = len(export.data)
         nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
-            [(name, c.nbytes) for name, c in curves.items()], [(name, c.loss) for name, c in curves.items() if not is_control(name)]))
+            [(name, c.nbytes) for name, c in curves.items()],
+            [(name, c.loss) for name, c in curves.items() if not is_control(name)]))    # nothing says theirs in nats
         export.report = replace(
             export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
         if total <= high and (best is None or total >= len(best.data)):
