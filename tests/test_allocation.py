@@ -249,7 +249,7 @@ def test_what_is_left_of_the_budget_is_filled_by_upgrades() -> None:
 # --- plans ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_allocated_plan_expects_less_loss_than_the_uniform_one_of_its_bytes(seed: int) -> None:
     shape = tiny_shape(num_layers=2, vocab_size=61 + seed)
     state = random_state(shape, seed)
@@ -414,14 +414,14 @@ def test_no_file_ends_over_its_cap(seed: int, monkeypatch: pytest.MonkeyPatch) -
             assert cap - window <= nbytes + code <= cap, where
 
 
-def matrices_only(seed: int, scale: float) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"w{i}": scale * torch.randn(8, 8, generator=generator) for i in range(12)}
-
-
 def test_a_refusal_is_true() -> None:
-    """The bytes that it says the coarsest plan takes are enough for an export, corrections included."""
-    state, options = matrices_only(1, 0.002), {"cap_policy": "fit", "int8_residual_rank": 3, "int8_residual_storage": "f16"}
+    """The bytes that it says the coarsest plan takes are enough for an export. Here corrections make the int tensors of the
+    coarsest plan larger than half precision would be, so the search has no order to go by.
+    """
+    shape = ModelShape(vocab_size=61, num_layers=3, num_unique_blocks=2, model_dim=8, num_heads=4, num_kv_heads=4, mlp_mult=1,
+                       embed_dim=3)
+    state = random_state(shape, 1, scale=0.003)
+    options = {"cap_policy": "fit", "int8_residual_rank": 3, "int8_residual_storage": "f16", "int8_axis_mode": "col"}
     nbytes, text = fitted_bytes(state, options, None, 389, 0)
     assert nbytes is None
     enough = int(text.split()[3]) + 20                  # meta holds the cap itself

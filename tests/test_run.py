@@ -404,8 +404,8 @@ def only_problem(env: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str
 
 def test_a_shape_predicted_over_the_cap_is_refused_before_any_work(env, capsys):
     line = only_problem(env | {"ARTIFACT_CAP_BYTES": "100000"}, capsys)
-    assert re.fullmatch(r"error: predicted: artifact \d+ \+ code \d+ = \d+ bytes of 100000 OVER THE CAP \(CAP_POLICY=refuse\): "
-                        r"choose a smaller shape, fewer bits, CAP_POLICY=fit or =warn", line)
+    assert re.fullmatch(r"error: predicted: artifact \d+ \+ code \d+ = \d+ bytes of 100000 OVER THE CAP"
+                        r" \(CAP_POLICY=refuse\): choose a smaller shape, fewer bits, CAP_POLICY=fit or =warn", line)
 
 
 def test_a_shape_that_no_plan_can_fit_is_refused_before_any_work(env, capsys):
@@ -478,8 +478,8 @@ def test_a_map_of_another_shape_is_refused_in_one_line(env, capsys, tmp_path):
     other = train_gpt.tensor_shapes(train_gpt.Config.parse(env | {"MODEL_DIM": "32"})[0].shape)
     path = write_map(tmp_path / "map.json", other)
     line = only_problem(env | {"EXPORT_ALLOCATE": "sensitivity", "SENSITIVITY_MAP": str(path)}, capsys)
-    assert line == (f"error: SENSITIVITY_MAP={path}: artifact: sensitivity map, tensor blocks.0.attn.c_k.weight: found (16, 32),"
-                    " expected (32, 64): the map is of another model")
+    assert line == (f"error: SENSITIVITY_MAP={path}: artifact: sensitivity map, tensor blocks.0.attn.c_k.weight:"
+                    " found (16, 32), expected (32, 64): the map is of another model")
 
 
 def test_an_allocation_by_a_map_runs_to_the_score(env, tmp_path):
@@ -496,10 +496,10 @@ def test_measuring_the_size_beside_the_training_changes_nothing_of_it(env):
     env |= {"ITERATIONS": "9", "CHECKPOINT_EVERY": "9"}
     measured = env | {"RUN_ID": "measured", "ARTIFACT_EVERY": "4"}
     assert train_gpt.main(env) == train_gpt.main(measured) == 0
-    lines = re.findall(r"^step:(\d+) artifact_bytes:(\d+) total_bytes:(\d+) bits_per_weight:\d+\.\d{3} rms_error:\d\.\d{5}$",
-                       text_of(measured), re.MULTILINE)
-    skipped = re.findall(r"^step:(\d+) artifact size not measured: that of step \d+ is still under way$", text_of(measured),
-                         re.MULTILINE)
+    log, size = text_of(measured), r"artifact_bytes:(\d+) total_bytes:(\d+) bits_per_weight:\d+\.\d{3} rms_error:\d\.\d{5}$"
+    lines = re.findall(rf"^step:(\d+) {size}", log, re.MULTILINE)
+    busy = r"^step:(\d+) artifact size not measured: that of step \d+ is still under way$"
+    skipped = re.findall(busy, log, re.MULTILINE)
     assert sorted(int(step) for step in [*skipped, *(line[0] for line in lines)]) == [4, 8]
     assert lines[0][0] == "4"
     for _, artifact, total in lines:
@@ -520,7 +520,8 @@ def test_the_size_under_way_is_that_of_the_weights_at_that_step(env):
 
 @pytest.mark.parametrize("knobs", [{}, {"ARTIFACT_EVERY": "1"}], ids=["at the end", "under way"])
 def test_a_correction_budget_that_holds_nothing_ends_in_a_line_and_keeps_the_weights(env, knobs):
-    env |= {"ITERATIONS": "2", "INT8_RESIDUAL_RANK": "1", "INT8_RESIDUAL_BUDGET_BYTES": "1", "INT8_KEEP_FLOAT_MAX_NUMEL": "0"}
+    env |= {"ITERATIONS": "2", "INT8_RESIDUAL_RANK": "1", "INT8_RESIDUAL_BUDGET_BYTES": "1"}
+    env |= {"INT8_KEEP_FLOAT_MAX_NUMEL": "0"}
     assert train_gpt.main(env | knobs) == 1
     assert "INT8_RESIDUAL_BUDGET_BYTES=1 holds no correction: the smallest takes " in text_of(env)
     assert (outputs(env) / "final_model.safetensors").is_file()
@@ -528,15 +529,17 @@ def test_a_correction_budget_that_holds_nothing_ends_in_a_line_and_keeps_the_wei
 
 def test_the_calibration_counts_inside_the_wallclock_cap(env):
     """The training stops early enough: four times the pace of the steps is set aside for the calibration's tokens."""
-    env |= {"MAX_WALLCLOCK_SECONDS": "3", "ITERATIONS": "100000", "CALIBRATION_TOKENS": "8192"}
+    env |= {"MAX_WALLCLOCK_SECONDS": "3", "ITERATIONS": "100000", "CALIBRATION_TOKENS": "4096", "WARMUP_STEPS": "1"}
     assert train_gpt.main(env) == 0
     log = text_of(env)
     trained = int(re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms", log, re.MULTILINE)[1])
-    took, total = map(int, re.search(r"^calibrated: tokens:8192 time:(\d+)ms train_time:(\d+)ms$", log, re.MULTILINE).groups())
+    line = r"^calibrated: tokens:4096 time:(\d+)ms train_time:(\d+)ms$"
+    took, total = map(int, re.search(line, log, re.MULTILINE).groups())
     step_ms = trained / summary(env)["step"]
     assert total == pytest.approx(trained + took, abs=2)
     assert total <= 3000 + 3 * step_ms
-    assert trained == pytest.approx(3000 - 16 * step_ms, abs=3 * step_ms)      # 8192 tokens at 4 x step_ms for each 2048
+    assert trained + 8 * step_ms >= 3000 - 5            # 4096 tokens at 4 x step_ms for each 2048
+    assert trained <= 3000
 
 
 def test_the_time_set_aside_follows_the_pace():
