@@ -418,8 +418,8 @@ def test_a_refusal_is_true() -> None:
     """The bytes that it says the coarsest plan takes are enough for an export. Here corrections make the int tensors of the
     coarsest plan larger than half precision would be, so the search has no order to go by.
     """
-    shape = ModelShape(vocab_size=61, num_layers=3, num_unique_blocks=2, model_dim=8, num_heads=4, num_kv_heads=4, mlp_mult=1,
-                       embed_dim=3)
+    shape = ModelShape(vocab_size=61, num_layers=3, num_unique_blocks=2, model_dim=8, num_heads=4, num_kv_heads=4,
+                       mlp_mult=1, embed_dim=3)
     state = random_state(shape, 1, scale=0.003)
     options = {"cap_policy": "fit", "int8_residual_rank": 3, "int8_residual_storage": "f16", "int8_axis_mode": "col"}
     nbytes, text = fitted_bytes(state, options, None, 389, 0)

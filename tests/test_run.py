@@ -485,7 +485,8 @@ def test_a_map_of_another_shape_is_refused_in_one_line(env, capsys, tmp_path):
 def test_an_allocation_by_a_map_runs_to_the_score(env, tmp_path):
     path = write_map(tmp_path / "map.json", train_gpt.tensor_shapes(train_gpt.Config.parse(env)[0].shape))
     cap = train_gpt.code_bytes() + 60_000
-    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "sensitivity", "SENSITIVITY_MAP": str(path)}
+    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "sensitivity"}
+    env["SENSITIVITY_MAP"] = str(path)
     assert train_gpt.main(env) == 0
     found = summary(env)
     assert cap - 20_000 <= found["total_bytes"] <= cap
