@@ -405,7 +405,7 @@ def quantize_weighted(w: Tensor, q_max: float, axis: str, costs: tuple[Tensor, T
     col = col / col.log().mean().exp() if axis != "row" else torch.ones_like(col)
     step = 4 / q_max * (w.double() / row[:, None] / col).square().mean().sqrt().float()
     row, col = (row, col * step) if axis == "col" else (row * step, col)
-    row, col = (side.half().clamp(2**-24, 65504) for side in (row, col))
+    row, col = (side.half().clamp_min(2**-24) for side in (row, col))
     codes = (w.float() / row.float()[:, None] / col.float()).round().clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
     return codes, {"row": row, "col": col, "both": torch.cat([row, col])}[axis]
 
@@ -607,7 +607,7 @@ class Judge:
 
     def loss(self, name: str, w: Tensor, error: Tensor) -> float:
         relative = sum_squares(error) / max(sum_squares(w), 1e-300)
-        if self.sensitivity is not None:
+        if self.sensitivity is not None and name in self.sensitivity.points:    # it knows the matrices, no controls
             return self.sensitivity.loss(name, relative)
         terms = self.terms(name)
         return expected_loss(error, terms) if terms else relative * w.numel()
@@ -636,6 +636,8 @@ def read_sensitivity(path: str | os.PathLike[str], shapes: Mapping[str, Sequence
         split, points = found["split"], {}
         for name, entry in found["tensors"].items():
             pairs = sorted((float(p["relative_error"]), float(p["nats"])) for p in entry["points"])
+            if not np.isfinite(pairs).all():
+                raise ValueError(f"{name} has a point that is not finite")
             line = float(np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0]))
             # Fine quantisation can help by chance: points below a tenth of the line through the origin are put there.
             points[name] = tuple((e, max(nats, 0.1 * line * e, 1e-300)) for e, nats in pairs if e > 0)
@@ -1485,7 +1487,8 @@ def encode_artifact(
         raise ValueError("; ".join(faults))
     for needed, given in (("hessian", statistics), ("sensitivity", sensitivity)):
         if options.export_allocate == needed and given is None:
-            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {'calibration statistics' if statistics is None else 'a map'}")
+            what = "calibration statistics" if needed == "hessian" else "a map"
+            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {what}")
     require(len(state) <= MAX_TENSORS, "state", None, f"{len(state)} tensors", f"at most {MAX_TENSORS}")
     for name in state:
         check_tensor(name, state[name])
@@ -1567,7 +1570,8 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
         export = carried_out(state, meta, options, choices, judge, price if allocates else None)
         total = len(export.data)
         nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
-            [(name, c.nbytes) for name, c in curves.items()], [(name, c.loss) for name, c in curves.items()]))
+            [(name, c.nbytes) for name, c in curves.items()],
+            [(name, c.loss) for name, c in curves.items() if not is_control(name)]))    # nothing says theirs in nats
         export.report = replace(
             export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
         if total <= high and (best is None or total >= len(best.data)):

@@ -30,7 +30,10 @@ BASELINE = {
 OFF = {
     "NUM_UNIQUE_BLOCKS": 0, "WINDOW_SIZE": 0, "EMBED_DIM": 0, "ROPE_DTYPE": "auto", "MICRO_BATCH_TOKENS": 0,
     "VAL_MAX_TOKENS": 0, "INT8_SCALE_FLOOR": 1 / 127, "INT8_AXIS_MODE": "row", "WEIGHT_QUANTIZATION_BITS": 8,
-    "EMBED_QUANTIZATION_BITS": 8, "ARTIFACT_CAP_BYTES": 16_000_000,
+    "EMBED_QUANTIZATION_BITS": 8, "ARTIFACT_CAP_BYTES": 16_000_000, "INT8_CLIP_SIGMAS": 0.0,
+    "INT8_KEEP_FLOAT_MAX_NUMEL": 65_536, "INT8_RESIDUAL_RANK": 0, "EXPORT_PERMUTE": "off", "EXPORT_ROTATE": False,
+    "EXPORT_ALLOCATE": "uniform",
+    "CAP_POLICY": "refuse", "CALIBRATION_TOKENS": 0, "SENSITIVITY_MAP": "", "ARTIFACT_EVERY": 0,
     "RUN_ID": "", "RESUME": "", "CHECKPOINT_EVERY": 0, "DEVICE": "auto",
 }
 # The names of the user's earlier programs (design, section 2): each is a knob here or is refused, never ignored.
@@ -106,8 +109,9 @@ def test_values_that_are_not_finite_are_refused(name: str, text: str) -> None:
 def test_choices_are_listed_when_missed(name: str) -> None:
     choices = next(f.metadata["choices"] for f in fields(Config) if f.name.upper() == name)
     assert problems_of(**{name: "tpu"}) == [f"{name} must be one of {', '.join(choices)}, got 'tpu'"]
+    needed = {"hessian": {"CALIBRATION_TOKENS": 1}, "sensitivity": {"SENSITIVITY_MAP": "map.json"}}
     for choice in choices:
-        assert problems_of(**{name: choice}) == []
+        assert problems_of(**{name: choice}, **needed.get(choice, {})) == []
 
 
 @pytest.mark.parametrize(("env", "wanted"), [
@@ -131,7 +135,11 @@ def test_choices_are_listed_when_missed(name: str) -> None:
     ({"MICRO_BATCH_TOKENS": 512}, "a multiple of TRAIN_SEQ_LEN=1024"),
     ({"WEIGHT_QUANTIZATION_BITS": 9}, "2..8 or 16"),
     ({"EMBED_QUANTIZATION_BITS": 1}, "2..8 or 16"),
-    ({"INT8_SCALE_FLOOR": -1.0}, "0..1"),
+    ({"INT8_SCALE_FLOOR": -1.0}, "at least 0"),
+    ({"INT8_SCALE_FLOOR": 1.5}, "0..1"),
+    ({"INT8_RESIDUAL_RANK": 33}, "at most 32"),
+    ({"INT8_RESIDUAL_POWER_ITERS": 0}, "at least 1"),
+    ({"CALIBRATION_TOKENS": -1}, "at least 0"),
 ], ids=str)
 def test_inconsistent_value_is_refused_with_what_was_found_and_wanted(env: dict[str, float], wanted: str) -> None:
     name, value = next(iter(env.items()))
@@ -262,10 +270,13 @@ def test_runtime_takes_its_ranks_from_torchrun() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+KNOB_CLASSES = ("Config", "ModelShape", "ExportOptions")
+
+
 def is_config(node: ast.expr, inside: bool) -> bool:
-    """Whether an expression is a Config or a ModelShape: cfg, shape, x.cfg, x.shape, and self inside those two classes."""
+    """Whether an expression is a Config or a part of one: cfg, shape, options, x.cfg, x.shape, self in KNOB_CLASSES."""
     if isinstance(node, ast.Name):
-        return node.id in ({"self"} if inside else {"cfg", "shape"})
+        return node.id in ({"self"} if inside else {"cfg", "shape", "options"})
     return isinstance(node, ast.Attribute) and node.attr in ("cfg", "shape")
 
 
@@ -276,13 +287,13 @@ def reads(tree: ast.AST, inside: bool) -> set[str]:
     }
 
 
-def knobs_read(source: str) -> set[str]:
-    """Attributes of a Config that the program reads, directly or through a property that is itself read; what only the
+def knobs_read(*sources: str) -> set[str]:
+    """Attributes of a Config that the sources read, directly or through a property that is itself read; what only the
     checks (`problems` and its kind) look at does not count.
     """
     classes, rest = [], []
-    for node in ast.parse(source).body:
-        inside = isinstance(node, ast.ClassDef) and node.name in ("Config", "ModelShape")
+    for node in (node for source in sources for node in ast.parse(source).body):
+        inside = isinstance(node, ast.ClassDef) and node.name in KNOB_CLASSES
         (classes if inside else rest).append(node)
     properties = {
         f.name: reads(f, inside=True) for c in classes for f in c.body
@@ -297,8 +308,10 @@ def knobs_read(source: str) -> set[str]:
 
 
 def test_every_knob_is_read_by_the_program() -> None:
-    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    trainer, exporter = ((ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "export.py"))
     knobs = {f.name for f in fields(Config)}
-    assert knobs - knobs_read(source) == set()
-    silenced = source.replace(".grad_clip_norm", ".seed").replace("self.num_unique_blocks or", "")
-    assert knobs - knobs_read(silenced) == {"grad_clip_norm", "num_unique_blocks"}    # the check itself can fail
+    assert knobs - knobs_read(trainer, exporter) == set()
+    silenced = trainer.replace(".grad_clip_norm", ".seed").replace("self.num_unique_blocks or", "")
+    unread = exporter.replace("options.int8_residual_storage", "options.int8_residual_rank")
+    wanted = {"grad_clip_norm", "num_unique_blocks", "int8_residual_storage"}
+    assert knobs - knobs_read(silenced, unread) == wanted                             # the check itself can fail

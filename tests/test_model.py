@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, CPU_BF16, TINY_SHAPE, VARIANTS, filled_model, fixed_batch, tiny_shape
+from export_verbs import meta_from_state
 from torch import Tensor
 
 import train_gpt
@@ -23,7 +24,6 @@ from train_gpt import (
     build_model,
     causal_attention,
     load_model,
-    meta_from_state,
     rope_tables,
     rotate,
     shape_from_meta,

@@ -20,6 +20,7 @@ import time
 import zlib
 from pathlib import Path
 
+import export_verbs
 import numpy as np
 import pytest
 import torch
@@ -179,13 +180,13 @@ def test_a_run_scores_the_file_that_it_wrote(env, capfd):
     assert found["artifact_bytes"] == artifact.stat().st_size == sum(found["parts"].values())
     assert found["total_bytes"] == found["artifact_bytes"] + found["code_bytes"] <= found["cap_bytes"] == 16_000_000
     loaded = export.load_artifact(artifact)
-    again = train_gpt.evaluate_artifact(loaded.state, loaded.meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"],
-                                        device="cpu", batch_tokens=1024)
+    again = export_verbs.evaluate_artifact(loaded.state, loaded.meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"],
+                                           device="cpu", batch_tokens=1024)
     assert again.val_bpb == pytest.approx(found["roundtrip"]["val_bpb"], rel=1e-12)
-    state, meta = export.read_checkpoint(folder / "final_model.safetensors")
+    state, meta = export_verbs.read_checkpoint(folder / "final_model.safetensors")
     assert meta == loaded.meta
-    raw = train_gpt.evaluate_artifact(state, meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"], device="cpu",
-                                      batch_tokens=1024)
+    raw = export_verbs.evaluate_artifact(state, meta, data=env["DATA_PATH"], tokenizer=env["TOKENIZER_PATH"], device="cpu",
+                                         batch_tokens=1024)
     assert raw.val_bpb == pytest.approx(found["pre_roundtrip"]["val_bpb"], rel=1e-12)
     assert raw.val_bpb != again.val_bpb
     knobs = json.loads((folder / "config.json").read_text())["knobs"]
@@ -227,7 +228,7 @@ def found_names(env: dict[str, str]) -> set[str]:
 def test_the_challenges_own_checkpoints_can_be_written_and_scored(env, tmp_path):
     env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1"}
     assert train_gpt.main(env) == 0
-    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
+    state, _ = export_verbs.read_checkpoint(outputs(env) / "final_model.safetensors")
     torch.save(state, tmp_path / "final_model.pt")
     arguments = ["write", str(tmp_path / "final_model.pt"), "-o", str(tmp_path / "a.ptz"), "--knob", "TRAIN_SEQ_LEN=64",
                  "--knob", "TRAIN_BATCH_TOKENS=2048"]
@@ -242,8 +243,8 @@ def test_the_challenges_int8_artifact_is_scored_as_it_is(env, tmp_path, capsys):
     """A dict of int8 codes and scales under torch.save and zlib, as the baseline's trainer leaves it."""
     env |= {"ITERATIONS": "5", "SAVE_RAW_CHECKPOINT": "1", "MODEL_DIM": "256", "NUM_LAYERS": "2"}
     assert train_gpt.main(env) == 0
-    state, _ = export.read_checkpoint(outputs(env) / "final_model.safetensors")
-    large = {name: export.quantize(t, 8, "row", 1 / 127) for name, t in state.items() if t.numel() > 65_536}
+    state, _ = export_verbs.read_checkpoint(outputs(env) / "final_model.safetensors")
+    large = {name: export.quantize(t, 127, "row", export.ExportOptions()) for name, t in state.items() if t.numel() > 65_536}
     small = {name: t.half() if t.ndim == 2 and "resid_mix" not in name else t for name, t in state.items()}
     kept = {name: t for name, t in small.items() if name not in large}
     packed = {
@@ -359,8 +360,8 @@ def test_the_wallclock_cap_ends_the_run_with_a_scored_artifact(env):
     assert "stopping_early: wallclock_cap train_time:" in (outputs(env) / "train.log").read_text()
 
 
-def test_an_artifact_over_the_cap_is_loud_saved_and_exits_with_3(env):
-    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": "100000"}
+def test_an_artifact_over_the_cap_that_is_only_warned_of_is_loud_saved_and_exits_with_3(env):
+    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": "100000", "CAP_POLICY": "warn"}
     assert train_gpt.main(env) == 3
     assert not summary(env)["under_cap"]
     assert (outputs(env) / "final_model.int8.ptz").is_file()
@@ -384,6 +385,169 @@ def test_an_export_that_fails_keeps_the_weights(env):
     assert "expected what f16 can hold" in (outputs(env) / "train.log").read_text()
     assert (outputs(env) / "final_model.safetensors").is_file()
     assert not (outputs(env) / "final_model.int8.ptz").exists()
+
+
+# --- the size of the artifact -------------------------------------------------------------------------------------------
+
+
+def text_of(env: dict[str, str]) -> str:
+    return (outputs(env) / "train.log").read_text()
+
+
+def only_problem(env: dict[str, str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line by which a run refuses to start, having created nothing."""
+    assert train_gpt.main(env) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert not outputs(env).exists()
+    return line
+
+
+def test_a_shape_predicted_over_the_cap_is_refused_before_any_work(env, capsys):
+    line = only_problem(env | {"ARTIFACT_CAP_BYTES": "100000"}, capsys)
+    assert re.fullmatch(r"error: predicted: artifact \d+ \+ code \d+ = \d+ bytes of 100000 OVER THE CAP"
+                        r" \(CAP_POLICY=refuse\): choose a smaller shape, fewer bits, CAP_POLICY=fit or =warn", line)
+
+
+def test_a_shape_that_no_plan_can_fit_is_refused_before_any_work(env, capsys):
+    cap = str(train_gpt.code_bytes() + 3000)
+    line = only_problem(env | {"ARTIFACT_CAP_BYTES": cap, "CAP_POLICY": "fit"}, capsys)
+    assert re.fullmatch(rf"error: predicted: artifact \d+ \+ code \d+ = \d+ bytes of {cap} OVER THE CAP \(CAP_POLICY=fit\): "
+                        "choose a smaller shape", line)
+
+
+def test_cap_policy_fit_ends_below_the_cap(env):
+    cap = train_gpt.code_bytes() + 100_000
+    env |= {"ITERATIONS": "3", "ARTIFACT_CAP_BYTES": str(cap), "CAP_POLICY": "fit", "INT8_SCALE_FLOOR": "0"}
+    assert train_gpt.main(env) == 0
+    found = summary(env)
+    assert found["under_cap"]
+    assert cap - 20_000 <= found["total_bytes"] <= cap == found["cap_bytes"]
+    assert found["total_bytes"] == train_gpt.code_bytes() + (outputs(env) / "final_model.int8.ptz").stat().st_size
+    assert found["planned_bytes"] == pytest.approx(found["artifact_bytes"], rel=0.005)
+    assert found["expected_nats"] is None
+    meta = export.load_artifact(outputs(env) / "final_model.int8.ptz").meta
+    assert meta["export"] == {"cap_policy": "fit", "artifact_cap_bytes": cap, "int8_scale_floor": 0.0}
+
+
+def test_an_allocation_by_calibration_runs_from_shards_to_the_score_and_can_be_repeated(env):
+    cap = train_gpt.code_bytes() + 60_000
+    env |= {"ITERATIONS": "10", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "1000"}
+    again = env | {"RUN_ID": "again"}
+    assert train_gpt.main(env) == train_gpt.main(again) == 0
+    log, found = text_of(env), summary(env)
+    assert re.search(r"^calibrated: tokens:1024 time:\d+ms train_time:\d+ms$", log, re.MULTILINE)     # whole micro-batches
+    assert re.search(r"^codec +codes axis +layout +kept +rank +dtype +shape +tensor$", log, re.MULTILINE)
+    for name in found_names(env):
+        assert re.search(rf"  {re.escape(name)}$", log, re.MULTILINE), name
+    planned, came, nats = re.search(r"^allocated: planned (\d+) bytes, came to (\d+) \([+-]\d\.\d\d%\)"
+                                    r" expected_loss_increase:(\d\.\d{6})$", log, re.MULTILINE).groups()
+    assert (int(planned), int(came)) == (found["planned_bytes"], found["artifact_bytes"])
+    assert float(nats) == pytest.approx(found["expected_nats"], abs=1e-6)
+    assert cap - 20_000 <= found["total_bytes"] <= cap
+    assert int(planned) == pytest.approx(int(came), rel=0.005)
+    assert found["roundtrip"]["val_bpb"] == pytest.approx(found["pre_roundtrip"]["val_bpb"], abs=0.1)
+    assert 0 < found["seconds"]["calibrate"] < 60
+    first, second = ((outputs(run) / "final_model.int8.ptz").read_bytes() for run in (env, again))
+    assert first == second
+
+
+def test_calibration_changes_nothing_of_the_training(env):
+    env |= {"ITERATIONS": "3", "SAVE_RAW_CHECKPOINT": "1"}
+    calibrated = env | {"RUN_ID": "calibrated", "CALIBRATION_TOKENS": "512"}
+    assert train_gpt.main(env) == train_gpt.main(calibrated) == 0
+    assert losses(env) == losses(calibrated)
+    for name in ("final_model.safetensors", "final_model.int8.ptz"):
+        assert (outputs(env) / name).read_bytes() == (outputs(calibrated) / name).read_bytes()
+    assert "calibrated: tokens:512 " in text_of(calibrated)
+    assert "calibrated:" not in text_of(env)
+
+
+@pytest.mark.parametrize(("allocate", "needed"), [("hessian", "CALIBRATION_TOKENS"), ("sensitivity", "SENSITIVITY_MAP")])
+def test_an_allocation_without_its_source_is_refused_in_one_line(env, capsys, allocate, needed):
+    assert only_problem(env | {"EXPORT_ALLOCATE": allocate}, capsys) == f"error: EXPORT_ALLOCATE={allocate} needs {needed}"
+
+
+def write_map(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    points = [{"relative_error": 1e-4, "nats": 1e-4}, {"relative_error": 1e-2, "nats": 1e-2}]
+    tensors = {name: {"shape": list(shape), "points": points} for name, shape in export.matrices(shapes).items()}
+    path.write_text(json.dumps({"split": "train", "tensors": tensors}))
+    return path
+
+
+def test_a_map_of_another_shape_is_refused_in_one_line(env, capsys, tmp_path):
+    other = train_gpt.tensor_shapes(train_gpt.Config.parse(env | {"MODEL_DIM": "32"})[0].shape)
+    path = write_map(tmp_path / "map.json", other)
+    line = only_problem(env | {"EXPORT_ALLOCATE": "sensitivity", "SENSITIVITY_MAP": str(path)}, capsys)
+    assert line == (f"error: SENSITIVITY_MAP={path}: artifact: sensitivity map, tensor blocks.0.attn.c_k.weight:"
+                    " found (16, 32), expected (32, 64): the map is of another model")
+
+
+def test_an_allocation_by_a_map_runs_to_the_score(env, tmp_path):
+    path = write_map(tmp_path / "map.json", train_gpt.tensor_shapes(train_gpt.Config.parse(env)[0].shape))
+    cap = train_gpt.code_bytes() + 60_000
+    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "sensitivity"}
+    env["SENSITIVITY_MAP"] = str(path)
+    assert train_gpt.main(env) == 0
+    found = summary(env)
+    assert cap - 20_000 <= found["total_bytes"] <= cap
+    assert found["expected_nats"] > 0
+
+
+def test_measuring_the_size_beside_the_training_changes_nothing_of_it(env):
+    env |= {"ITERATIONS": "9", "CHECKPOINT_EVERY": "9"}
+    measured = env | {"RUN_ID": "measured", "ARTIFACT_EVERY": "4"}
+    assert train_gpt.main(env) == train_gpt.main(measured) == 0
+    log, size = text_of(measured), r"artifact_bytes:(\d+) total_bytes:(\d+) bits_per_weight:\d+\.\d{3} rms_error:\d\.\d{5}$"
+    lines = re.findall(rf"^step:(\d+) {size}", log, re.MULTILINE)
+    busy = r"^step:(\d+) artifact size not measured: that of step \d+ is still under way$"
+    skipped = re.findall(busy, log, re.MULTILINE)
+    assert sorted(int(step) for step in [*skipped, *(line[0] for line in lines)]) == [4, 8]
+    assert lines[0][0] == "4"
+    for _, artifact, total in lines:
+        assert int(total) == int(artifact) + train_gpt.code_bytes()
+    assert [str(row["artifact_bytes"]) for row in metrics(measured, "artifact")] == [line[1] for line in lines]
+    assert "artifact_bytes:" not in text_of(env)
+    assert losses(env) == losses(measured)
+    assert (outputs(env) / "final_model.int8.ptz").read_bytes() == (outputs(measured) / "final_model.int8.ptz").read_bytes()
+
+
+def test_the_size_under_way_is_that_of_the_weights_at_that_step(env):
+    """Measured at the last step, it is the final artifact's."""
+    env |= {"ITERATIONS": "4", "ARTIFACT_EVERY": "4"}
+    assert train_gpt.main(env) == 0
+    (row,) = metrics(env, "artifact")
+    assert (row["step"], row["artifact_bytes"]) == (4, summary(env)["artifact_bytes"])
+
+
+@pytest.mark.parametrize("knobs", [{}, {"ARTIFACT_EVERY": "1"}], ids=["at the end", "under way"])
+def test_a_correction_budget_that_holds_nothing_ends_in_a_line_and_keeps_the_weights(env, knobs):
+    env |= {"ITERATIONS": "2", "INT8_RESIDUAL_RANK": "1", "INT8_RESIDUAL_BUDGET_BYTES": "1"}
+    env |= {"INT8_KEEP_FLOAT_MAX_NUMEL": "0"}
+    assert train_gpt.main(env | knobs) == 1
+    assert "INT8_RESIDUAL_BUDGET_BYTES=1 holds no correction: the smallest takes " in text_of(env)
+    assert (outputs(env) / "final_model.safetensors").is_file()
+
+
+def test_the_calibration_counts_inside_the_wallclock_cap(env):
+    """The training stops early enough: four times the pace of the steps is set aside for the calibration's tokens."""
+    env |= {"MAX_WALLCLOCK_SECONDS": "3", "ITERATIONS": "100000", "CALIBRATION_TOKENS": "4096", "WARMUP_STEPS": "1"}
+    assert train_gpt.main(env) == 0
+    log = text_of(env)
+    trained = int(re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms", log, re.MULTILINE)[1])
+    line = r"^calibrated: tokens:4096 time:(\d+)ms train_time:(\d+)ms$"
+    took, total = map(int, re.search(line, log, re.MULTILINE).groups())
+    step_ms = trained / summary(env)["step"]
+    assert total == pytest.approx(trained + took, abs=2)
+    assert total <= 3000 + 3 * step_ms
+    assert trained + 8 * step_ms >= 3000 - 5            # 4096 tokens at 4 x step_ms for each 2048
+    assert trained <= 3000
+
+
+def test_the_time_set_aside_follows_the_pace():
+    cfg = train_gpt.Config.parse({"CALIBRATION_TOKENS": "100", "TRAIN_BATCH_TOKENS": "16384"})[0]
+    assert train_gpt.calibration_ms(cfg, 10, 500.0) == pytest.approx(4 * 100 / 16384 * 50)
+    assert train_gpt.calibration_ms(cfg, 0, 0.0) == 0
+    assert train_gpt.calibration_ms(train_gpt.Config.parse({})[0], 10, 500.0) == 0
 
 
 # --- the same result however the work is cut ----------------------------------------------------------------------------
