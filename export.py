@@ -124,6 +124,10 @@ class ArtifactError(ValueError):
         self.field, self.offset, self.found, self.expected = field, offset, found, expected
 
 
+class ExportRefused(ValueError):
+    """The options cannot be carried out on these weights."""
+
+
 def require(holds: bool | np.bool_, field: str, offset: int | None, found: object, expected: object) -> None:
     if not holds:
         raise ArtifactError(field, offset, found, expected)
@@ -790,7 +794,7 @@ def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float) -> 
 def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: Judge, options: ExportOptions,
             price: float | None) -> dict[str, Stored]:
     """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere,
-    only what is worth it, kept values included. Raises ValueError when the budget holds no correction.
+    only what is worth it, kept values included. Raises ExportRefused when the budget holds none.
     """
     rank, budget = options.int8_residual_rank, options.int8_residual_budget_bytes
     found = {
@@ -799,7 +803,7 @@ def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: J
         and (price is not None or (rank and is_target(name, options.int8_targeted_residual_mode)))}
     cheapest = min((offer.nbytes for way in found.values() for offer in way[1:]), default=0)
     if rank and price is None and cheapest > budget:
-        raise ValueError(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
+        raise ExportRefused(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
     return {**tensors, **spend(found, budget if price is None else MAX_RAW_BYTES, price or 0.0)}
 
 
@@ -856,16 +860,32 @@ class Symmetry:
 
 def find_symmetries(state: Mapping[str, Tensor], mode: str) -> list[Symmetry]:
     """Those of the state that EXPORT_PERMUTE=mlp or all may use; none for a state that is no GPT of this program."""
-    blocks = sorted({int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))})
     found = []
-    for b in blocks:
-        fc, proj = f"blocks.{b}.mlp.fc.weight", f"blocks.{b}.mlp.proj.weight"
-        if fc in state and proj in state:
-            hidden = torch.arange(state[fc].shape[0])[:, None]
-            found.append(Symmetry("mlp", ((fc, 0, hidden), (proj, 1, hidden))))
-        if mode == "all" and f"blocks.{b}.attn.q_gain" in state:
-            found += head_symmetries(state, f"blocks.{b}.attn.")
-    return found + (stream_symmetries(state) if mode == "all" and blocks else [])
+    for block in block_names(state):
+        fc, proj = block + "mlp.fc.weight", block + "mlp.proj.weight"
+        hidden = torch.arange(state[fc].shape[0])[:, None]
+        found.append(Symmetry("mlp", ((fc, 0, hidden), (proj, 1, hidden))))
+        if mode == "all":
+            found += head_symmetries(state, block + "attn.")
+    return found + (stream_symmetries(state) if mode == "all" and found else [])
+
+
+def block_names(state: Mapping[str, Tensor]) -> list[str]:
+    """`blocks.N.` for each block; none unless every block's tensors have the shapes of a GPT of this program."""
+    found = sorted({m[0] for name in state if (m := re.match(r"blocks\.\d+\.", name))})
+    ends = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+    for block in found:
+        shapes = [tuple(state[name].shape) for end in ends if (name := f"{block}{end}.weight") in state]
+        heads = state[block + "attn.q_gain"].numel() if block + "attn.q_gain" in state else 0
+        if len(shapes) < len(ends) or any(len(shape) != 2 for shape in shapes) or heads == 0:
+            return []
+        (inner, dim), k, v, out, fc, proj = shapes
+        width = max(inner // heads, 1)
+        groups = k[0] // width
+        fits = k == v == (groups * width, dim) and out == (dim, inner) and fc[1] == dim and proj == fc[::-1]
+        if not fits or inner != heads * width or groups == 0 or heads % groups:
+            return []
+    return found
 
 
 def head_symmetries(state: Mapping[str, Tensor], at: str) -> list[Symmetry]:
@@ -890,9 +910,8 @@ def stream_symmetries(state: Mapping[str, Tensor]) -> list[Symmetry]:
     dims = {"skip_weights": 1, "attn_scale": 0, "mlp_scale": 0, "resid_mix": 1, "c_q.weight": 1, "c_k.weight": 1,
             "c_v.weight": 1, "fc.weight": 1, "proj.weight": 0, "lm_head.weight": 1}
     dims |= {"embed_proj.weight": 0} if factorised else {"tok_emb.weight": 1}
-    ends = {name: dim for name in state for end, dim in dims.items()
-            if name == end or name.endswith(f".{end}") or (end == "embed_proj.weight" and name == end)}
-    size = {state[name].shape[dim] for name, dim in ends.items()}
+    ends = {name: dim for name in state for end, dim in dims.items() if name == end or name.endswith(f".{end}")}
+    size = {state[name].shape[dim] if state[name].ndim > dim else 0 for name, dim in ends.items()}
     if len(size) != 1:
         return []
     units = torch.arange(size.pop())[:, None]
@@ -916,8 +935,8 @@ def rotated(state: dict[str, Tensor], statistics: Statistics | None) -> tuple[di
     Of c_v's gradients the rotation mixes more than their mean squares tell; their mean over the head is kept.
     """
     state, terms = dict(state), dict(statistics.terms) if statistics else {}
-    for gain in [name for name in state if name.endswith(".attn.q_gain")]:
-        v, proj = gain.replace("q_gain", "c_v.weight"), gain.replace("q_gain", "proj.weight")
+    for block in block_names(state):
+        gain, v, proj = (f"{block}attn.{end}" for end in ("q_gain", "c_v.weight", "proj.weight"))
         width = state[proj].shape[1] // state[gain].numel()
         groups = state[v].shape[0] // width
         turn = torch.zeros(groups, width, width, dtype=torch.float64)
@@ -1563,7 +1582,7 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
     curves = {name: rate_curve(name, t, view, options) for name, t in state.items() if dtype_name(t) in FLOATS}
     high = options.artifact_cap_bytes - code_bytes
     low, overhead, tries, aim = high - FIT_WINDOW_BYTES, 0.0, 0, high - min(FIT_WINDOW_BYTES / 4, high / 200)
-    best: Export | None = None
+    best, best_is_finest = None, False
     while True:
         at, price = solve(curves, aim - overhead)
         choices = {name: curves[name].choices[at[name]] if name in curves else Choice("raw") for name in state}
@@ -1575,20 +1594,24 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
         export.report = replace(
             export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
         if total <= high and (best is None or total >= len(best.data)):
-            best = export
+            best, best_is_finest = export, all(at[name] == len(c.nbytes) - 1 for name, c in curves.items())
         coarsest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
         accurate = abs(total - nbytes - overhead) <= 0.005 * total
         tries += 1
         if (low <= total <= high and accurate) or (coarsest and total > high) or (finest and total < low) or tries == 10:
             break
         overhead = total - nbytes       # what the curves do not see: header, shared streams, layouts, corrections
-    if best is None:
-        raise ArtifactError("plan", None, f"{len(export.data)} bytes at its coarsest beside {code_bytes} of code",
+    if best is None:        # corrections can make a coarse plan larger than a fine one: the last resort has none
+        choices = {name: curves[name].choices[0] if name in curves else Choice("raw") for name in state}
+        best = export = carried_out(state, meta, replace(options, int8_residual_rank=0), choices, judge, None)
+        best.report = replace(best.report, planned_bytes=len(best.data))
+    if len(best.data) > high:
+        raise ArtifactError("plan", None, f"{len(best.data)} bytes at its coarsest beside {code_bytes} of code",
                             f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
     if len(best.data) < low:
-        floor = f" that INT8_SCALE_FLOOR={options.int8_scale_floor:.6g} allows" if options.int8_scale_floor else ""
-        note = f"{low - len(best.data)} bytes short of the window below the cap: no tensor has a finer choice that fits{floor}"
-        best.report = replace(best.report, note=note)
+        floor = f" (INT8_SCALE_FLOOR={options.int8_scale_floor:.6g})" if options.int8_scale_floor else ""
+        why = "every tensor is at its finest" if best_is_finest else "no finer choice of a tensor fits"
+        best.report = replace(best.report, note=f"{low - len(best.data)} bytes short of the window: {why}{floor}")
     return best
 
 

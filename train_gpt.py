@@ -51,6 +51,7 @@ from export import (
     Artifact,
     ArtifactError,
     ExportOptions,
+    ExportRefused,
     SensitivityMap,
     SizeReport,
     Statistics,
@@ -1510,7 +1511,7 @@ class SizeGauge:
             (step, future), self.pending = self.pending, None
             try:
                 size = future.result()
-            except ArtifactError as error:
+            except (ArtifactError, ExportRefused) as error:
                 job.folder.log(f"step:{step} artifact size not measured: {error}")
                 return
             job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{size.total_bytes + code_bytes()} "
@@ -1655,9 +1656,11 @@ def calibration_batches(cfg: Config, rt: Runtime) -> int:
 
 
 def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is."""
+    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is; at most
+    a quarter of the cap, because the first step's pace is not the run's.
+    """
     at_pace = cfg.calibration_tokens / cfg.train_batch_tokens * elapsed_ms / max(step, 1)
-    return 1000 + 2 * at_pace if cfg.calibration_tokens else 0.0
+    return min(1000 + 2 * at_pace, 250 * cfg.max_wallclock_seconds) if cfg.calibration_tokens else 0.0
 
 
 def calibrate_job(job: Job) -> Statistics | None:
@@ -1932,7 +1935,7 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
     except Stopped as stop:
         folder.log(str(stop))
         return 128 + stop.signal_number
-    except (TrainingDiverged, CheckpointError, DataError, ArtifactError) as error:
+    except (TrainingDiverged, CheckpointError, DataError, ArtifactError, ExportRefused) as error:
         folder.log(f"failed: {error}; what was saved is in {folder.path}")
         return 1
     finally:

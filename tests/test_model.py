@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CPU, CPU_BF16, TINY_SHAPE, VARIANTS, filled_model, fixed_batch, tiny_shape
-from export_verbs import meta_from_state
 from torch import Tensor
 
 import train_gpt
 from export import ArtifactError
+from export_verbs import meta_from_state
 from train_gpt import (
     GPT,
     ModelShape,
