@@ -324,8 +324,8 @@ def test_a_finest_plan_below_the_window_says_so(monkeypatch: pytest.MonkeyPatch)
     state = random_state(tiny_shape(), 1)
     found = encode_artifact(state, {}, ExportOptions(cap_policy="fit", artifact_cap_bytes=10**6))
     short = 10**6 - 1000 - len(found.data)
-    assert found.report.note == (f"{short} bytes short of the window below the cap: every tensor is at its finest that"
-                                 " INT8_SCALE_FLOOR=0.00787402 allows")
+    assert found.report.note == (f"{short} bytes short of the window: every tensor is at its finest"
+                                 " (INT8_SCALE_FLOOR=0.00787402)")
     assert found.report.lines()[-1] == f"warning: {found.report.note}"
     free = encode_artifact(state, {}, ExportOptions(cap_policy="fit", artifact_cap_bytes=10**6, int8_scale_floor=0.0))
     assert free.report.note.endswith("every tensor is at its finest")

@@ -375,8 +375,10 @@ def test_reordering_saves_the_bytes_it_reports_where_units_differ_in_size(spread
     generator = torch.Generator().manual_seed(2)
     hidden = (spread * torch.randn(1024, generator=generator)).exp()
     fc, proj = torch.randn(1024, 128, generator=generator), torch.randn(128, 1024, generator=generator) * hidden
-    state = {"blocks.0.mlp.fc.weight": fc, "blocks.0.mlp.proj.weight": proj}
-    options = {"int8_keep_float_max_numel": 0, "int8_scale_floor": 0.0}
+    state = {"blocks.0.mlp.fc.weight": fc, "blocks.0.mlp.proj.weight": proj, "blocks.0.attn.q_gain": torch.ones(4)}
+    state |= {f"blocks.0.attn.{name}.weight": torch.ones(8, 128) for name in ("c_q", "c_k", "c_v")}
+    state["blocks.0.attn.proj.weight"] = torch.ones(128, 8)
+    options = {"int8_keep_float_max_numel": 1024, "int8_scale_floor": 0.0}
     plain = encode_artifact(state, {}, ExportOptions(**options))
     moved = encode_artifact(state, {}, ExportOptions(**options, export_permute="mlp"))
     assert len(moved.data) < (1 - spread / 80) * len(plain.data)
