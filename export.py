@@ -74,7 +74,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -759,6 +759,10 @@ class Offer:
     nbytes: int         # beyond the plain one
     loss: float         # expected
 
+    @property
+    def low_rank_bytes(self) -> int:
+        return self.nbytes if self.stored.row.rank else 0
+
 
 def offers(plain: Stored, w: Tensor, judge: Judge, options: ExportOptions, keep: bool) -> list[Offer]:
     """The plain tensor first, then every correction that the options allow and that lowers the expected loss."""
@@ -778,21 +782,25 @@ def offers(plain: Stored, w: Tensor, judge: Judge, options: ExportOptions, keep:
     return found
 
 
-def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float) -> dict[str, Stored]:
-    """Take offers, whichever removes most loss a byte, while they fit the budget and remove more than `price` a byte."""
+def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float, room: float = math.inf) -> dict[str, Stored]:
+    """Take offers, whichever removes most loss a byte, while those of low rank fit the budget, all together fit the room,
+    and they remove more than `price` a byte.
+    """
     taken = {name: way[0] for name, way in offered.items()}
     while True:
         steps = [((now.loss - offer.loss) / (offer.nbytes - now.nbytes), name, k) for name, now in taken.items()
-                 for k, offer in enumerate(offered[name]) if now.nbytes < offer.nbytes <= now.nbytes + budget]
+                 for k, offer in enumerate(offered[name]) if now.nbytes < offer.nbytes <= now.nbytes + room
+                 and offer.low_rank_bytes - now.low_rank_bytes <= budget]
         rate, name, k = max(steps, default=(0.0, "", 0))
         if rate <= price:
             return {name: offer.stored for name, offer in taken.items()}
-        budget -= offered[name][k].nbytes - taken[name].nbytes
-        taken[name] = offered[name][k]
+        before, taken[name] = taken[name], offered[name][k]
+        budget -= taken[name].low_rank_bytes - before.low_rank_bytes
+        room -= taken[name].nbytes - before.nbytes
 
 
 def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: Judge, options: ExportOptions,
-            price: float | None) -> dict[str, Stored]:
+            price: float | None, room: float = math.inf) -> dict[str, Stored]:
     """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere,
     only what is worth it, kept values included. Raises ExportRefused when the budget holds none.
     """
@@ -804,7 +812,7 @@ def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: J
     cheapest = min((offer.nbytes for way in found.values() for offer in way[1:]), default=0)
     if rank and price is None and cheapest > budget:
         raise ExportRefused(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
-    return {**tensors, **spend(found, budget if price is None else MAX_RAW_BYTES, price or 0.0)}
+    return {**tensors, **spend(found, budget, price or 0.0, room)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1520,26 +1528,38 @@ def encode_artifact(
     if options.solves:
         return fitted(state, meta, options, statistics, sensitivity, code_bytes)
     choices = {name: uniform_choice(name, t, options) for name, t in state.items()}
-    return carried_out(state, meta, options, choices, Judge(statistics), None)
+    state, judge, gains = reordered(state, choices, options, Judge(statistics))
+    export = carried_out(state, meta, options, choices, judge, None)
+    export.report = replace(export.report, permutation_gains=gains)
+    return export
+
+
+def quantised(state: Mapping[str, Tensor], choices: Mapping[str, Choice], options: ExportOptions, judge: Judge
+              ) -> dict[str, Stored]:
+    return {name: store(name, t, choices[name], options, weight_costs(terms) if (terms := judge.terms(name)) else None)
+            for name, t in state.items()}
+
+
+def reordered(state: dict[str, Tensor], choices: Mapping[str, Choice], options: ExportOptions, judge: Judge
+              ) -> tuple[dict[str, Tensor], Judge, dict[str, int]]:
+    """State and judge in the order that EXPORT_PERMUTE finds for these choices, and the bytes saved by kind of symmetry."""
+    gains: dict[str, int] = {}
+    if options.export_permute == "off":
+        return state, judge, gains
+    tensors = quantised(state, choices, options, judge)
+    state, statistics = permuted(state, tensors, judge.statistics, options.export_permute, gains)
+    return state, Judge(statistics, judge.sensitivity), gains
 
 
 def carried_out(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, choices: Mapping[str, Choice],
-                judge: Judge, price: float | None) -> Export:
-    """Quantise by the choices, reorder, correct, write."""
-    def quantised() -> dict[str, Stored]:
-        return {name: store(name, t, choices[name], options, weight_costs(terms) if (terms := judge.terms(name)) else None)
-                for name, t in state.items()}
-
-    tensors, gains = quantised(), {}
-    if options.export_permute != "off":
-        state, statistics = permuted(state, tensors, judge.statistics, options.export_permute, gains)
-        judge = Judge(statistics, judge.sensitivity)
-        tensors = quantised()
-    return assembled(state, meta, options, correct(tensors, state, judge, options, price), gains)
+                judge: Judge, price: float | None, room: float = math.inf) -> Export:
+    """Quantise by the choices, correct, write."""
+    tensors = correct(quantised(state, choices, options, judge), state, judge, options, price, room)
+    return assembled(state, meta, options, tensors)
 
 
-def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored],
-              gains: dict[str, int]) -> Export:
+def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored]
+              ) -> Export:
     """The bytes of stored tensors."""
     assert list(tensors) == sorted(state), "the plan's rows are exactly the state's tensors"
     check_total((s.row for s in tensors.values()), None)
@@ -1566,8 +1586,7 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     parts = part_bytes(header_bytes, coded, table)
     assert sum(parts.values()) == len(data)
     rms_error = math.sqrt(error / energy) if energy else 0.0
-    report = SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error,
-                        permutation_gains=gains)
+    report = SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error)
     return Export(state, tensors, data, report)
 
 
@@ -1581,11 +1600,13 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
     view = judge if allocates else Judge()
     curves = {name: rate_curve(name, t, view, options) for name, t in state.items() if dtype_name(t) in FLOATS}
     high = options.artifact_cap_bytes - code_bytes
-    low, overhead, tries, aim = high - FIT_WINDOW_BYTES, 0.0, 0, high - min(FIT_WINDOW_BYTES / 4, high / 200)
-    best, best_is_finest = None, False
+    low, overhead, plans, aim = high - FIT_WINDOW_BYTES, 0.0, [], high - min(FIT_WINDOW_BYTES / 4, high / 200)
+    best, best_is_finest, best_choices, gains = None, False, {}, {}
     while True:
         at, price = solve(curves, aim - overhead)
         choices = {name: curves[name].choices[at[name]] if name in curves else Choice("raw") for name in state}
+        if not plans:
+            state, judge, gains = reordered(state, choices, options, judge)
         export = carried_out(state, meta, options, choices, judge, price if allocates else None)
         total = len(export.data)
         nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
@@ -1594,13 +1615,17 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
         export.report = replace(
             export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
         if total <= high and (best is None or total >= len(best.data)):
-            best, best_is_finest = export, all(at[name] == len(c.nbytes) - 1 for name, c in curves.items())
+            best, best_choices = export, choices
+            best_is_finest = all(at[name] == len(c.nbytes) - 1 for name, c in curves.items())
         coarsest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
         accurate = abs(total - nbytes - overhead) <= 0.005 * total
-        tries += 1
-        if (low <= total <= high and accurate) or (coarsest and total > high) or (finest and total < low) or tries == 10:
+        stuck = at in plans or len(plans) == 10     # the steps between two plans can be larger than the window
+        plans.append(at)
+        if (low <= total <= high and accurate) or (coarsest and total > high) or (finest and total < low) or stuck:
             break
         overhead = total - nbytes       # what the curves do not see: header, shared streams, layouts, corrections
+    if best is not None and len(best.data) < low and allocates and not best_is_finest:
+        best = filled(best, low, high, lambda room: carried_out(state, meta, options, best_choices, judge, 0.0, room))
     if best is None:        # corrections can make a coarse plan larger than a fine one: the last resort has none
         choices = {name: curves[name].choices[0] if name in curves else Choice("raw") for name in state}
         best = export = carried_out(state, meta, replace(options, int8_residual_rank=0), choices, judge, None)
@@ -1608,10 +1633,26 @@ def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOpt
     if len(best.data) > high:
         raise ArtifactError("plan", None, f"{len(best.data)} bytes at its coarsest beside {code_bytes} of code",
                             f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
+    best.report = replace(best.report, permutation_gains=gains)
     if len(best.data) < low:
         floor = f" (INT8_SCALE_FLOOR={options.int8_scale_floor:.6g})" if options.int8_scale_floor else ""
         why = "every tensor is at its finest" if best_is_finest else "no finer choice of a tensor fits"
         best.report = replace(best.report, note=f"{low - len(best.data)} bytes short of the window: {why}{floor}")
+    return best
+
+
+def filled(best: Export, low: float, high: float, with_room: Callable[[float], Export]) -> Export:
+    """Where the steps between plans are larger than the window, corrections fill it, worth their price elsewhere or not."""
+    plain = len(with_room(0.0).data)
+    room = wanted = (low + high) / 2 - plain
+    for _ in range(4):
+        export = with_room(room)
+        if len(best.data) < len(export.data) <= high:
+            report = replace(export.report, planned_bytes=best.report.planned_bytes, expected_nats=best.report.expected_nats)
+            best = replace(export, report=report)
+        if low <= len(export.data) <= high:
+            break
+        room *= wanted / max(len(export.data) - plain, 1)   # the room counts bytes before deflate
     return best
 
 

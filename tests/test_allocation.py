@@ -440,3 +440,16 @@ def test_a_note_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
         nbytes, note = fitted_bytes(state, {"cap_policy": "fit"}, None, cap, 0)
         assert nbytes is not None
         assert ("every tensor is at its finest" in note) == (abs(nbytes - finest) < 60 and bool(note)), (cap, nbytes, note)
+
+
+def test_corrections_fill_what_lies_between_codes_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix takes 80 kB in codes at their finest and 140 in half precision: what is kept of it lies between."""
+    monkeypatch.setattr(export, "FIT_WINDOW_BYTES", 500)
+    state = {"w": torch.randn(256, 320, generator=torch.Generator().manual_seed(0))}
+    statistics, options = random_statistics(state, 1), ExportOptions(export_allocate="hessian", artifact_cap_bytes=85_000)
+    found = encode_artifact(state, {}, options, statistics=statistics)
+    monkeypatch.setattr(export, "KEPT_SHARES", {})
+    bare = encode_artifact(state, {}, options, statistics=statistics)
+    assert (found.tensors["w"].row.codec, found.tensors["w"].row.kept != "none") == ("int", True)
+    assert len(bare.data) < len(found.data) <= 85_000
+    assert loss_of(found.data, state, statistics) < loss_of(bare.data, state, statistics)

@@ -126,7 +126,7 @@ def assembled(tensors: dict[str, Stored], meta: dict[str, Any] | None = None,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "pack_codes", pack_codes)
-        return export.assembled(state, meta or {}, ExportOptions(int8_scale_floor=0.0), tensors, {})
+        return export.assembled(state, meta or {}, ExportOptions(int8_scale_floor=0.0), tensors)
 
 
 def tiny_file() -> bytes:
@@ -1140,7 +1140,7 @@ def test_a_plan_that_is_not_the_states_is_a_bug() -> None:
     state, options = {"v": torch.ones(3), "w": torch.ones(2)}, ExportOptions()
     v, w = (export.store(name, t, Choice("f16"), options) for name, t in state.items())
     other = export.store("x", torch.ones(2), Choice("f16"), options)
-    export.assembled(state, {}, options, {"v": v, "w": w}, {})
+    export.assembled(state, {}, options, {"v": v, "w": w})
     for wrong in ({}, {"v": v}, {"v": v, "w": w, "x": other}, {"w": w, "v": v}):
         with pytest.raises(AssertionError, match="exactly the state's tensors"):
-            export.assembled(state, {}, options, wrong, {})
+            export.assembled(state, {}, options, wrong)

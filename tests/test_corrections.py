@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,9 +253,9 @@ def test_a_residual_never_increases_the_error_it_is_scored_on(
 # --- spending -----------------------------------------------------------------------------------------------------------
 
 
-def menu(*points: tuple[int, float], name: str = "w") -> list[Offer]:
+def menu(*points: tuple[int, float], name: str = "w", rank: int = 1) -> list[Offer]:
     """The plain tensor of loss points[0][1], then offers of (bytes, loss)."""
-    row = store(name, torch.ones(2, 2), Choice("int", "row", 1), PLAIN).row
+    row = replace(store(name, torch.ones(2, 2), Choice("int", "row", 1), PLAIN).row, rank=rank)
     return [Offer(Stored(row, {"n": np.array([nbytes])}), nbytes, loss) for nbytes, loss in points]
 
 
@@ -269,6 +270,14 @@ def test_spending_takes_what_removes_most_loss_a_byte_first() -> None:
     assert taken_bytes(spend(offered, 10, 0.0)) == {"a": 10, "b": 0}
     assert taken_bytes(spend(offered, 20, 0.0)) == {"a": 10, "b": 10}
     assert taken_bytes(spend(offered, 50, 0.0)) == {"a": 20, "b": 30}
+
+
+def test_the_budget_is_that_of_low_rank_and_the_room_that_of_all() -> None:
+    offered = {"a": menu((0, 10.0), (10, 5.0)), "b": menu((0, 10.0), (10, 7.0), (30, 1.0), rank=0)}
+    assert taken_bytes(spend(offered, 9, 0.0)) == {"a": 0, "b": 30}
+    assert taken_bytes(spend(offered, 10, 0.0, 29)) == {"a": 10, "b": 10}
+    assert taken_bytes(spend(offered, 10, 0.0, 9)) == {"a": 0, "b": 0}
+    assert taken_bytes(spend(offered, 10, 0.0, 40)) == {"a": 10, "b": 30}
 
 
 def test_spending_pays_no_more_than_the_price() -> None:
