@@ -120,7 +120,7 @@ def assembled(tensors: dict[str, Stored], meta: dict[str, Any] | None = None,
         if stored.row.name not in forms:
             return choose(stored)
         layout, method = forms[stored.row.name]
-        codes = stored.values["codes"][export.code_order(stored.row, layout, stored.values["scales"])]
+        codes = export.arranged(stored.row, layout, stored.values["codes"], stored.values["scales"])
         raw = codes.tobytes() if method < 2 else digits_in_base(codes.tolist(), method - 1)
         return layout, method, deflated(raw) if method else raw
 
