@@ -1777,7 +1777,8 @@ def code_statistics(n: int, numel: int, q_max: float, sigmas: float) -> tuple[fl
     # Where most bytes are those of zeros, deflate's matches beat Huffman codes of single bytes; the factors were measured
     # there. Trained rows, with more weights near zero and far out than normals, take 0.025 bits less; at 2 bits more.
     bits = min(huffman_bits(symbols) / per_byte, (1.45 if limit == 1 else 1.35) * entropy)
-    return bits + (-0.025 if limit > 1 else 0.01 if sigmas else 0.04), per_byte, 20 + 0.2 * held
+    shape = -0.025 if limit > 1 else 0.0 if q_max > 1 else 0.01 if sigmas else 0.04
+    return bits + shape, per_byte, 20 + 0.2 * held
 
 
 def huffman_bits(shares: np.ndarray) -> float:
