@@ -646,6 +646,18 @@ def test_the_loss_curve_on_cuda_is_the_baselines(env, compiled):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_on_cuda_a_calibrated_run_fits_the_cap(env, compiled):
+    env |= {"DEVICE": "cuda", "ENABLE_TORCH_COMPILE": compiled, "WARMUP_STEPS": "2", "ITERATIONS": "5", "CAP_POLICY": "fit"}
+    cap = train_gpt.code_bytes() + 40_000
+    env |= {"EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "2048", "ARTIFACT_CAP_BYTES": str(cap)}
+    assert train_gpt.main(env) == 0
+    assert summary(env)["total_bytes"] <= cap
+    assert summary(env)["roundtrip"]["val_bpb"] == pytest.approx(summary(env)["pre_roundtrip"]["val_bpb"], abs=0.1)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_on_cuda_the_window_trains_and_a_repeated_run_gives_the_same_artifact(env):
     env |= {"DEVICE": "cuda", "WINDOW_SIZE": "24", "ITERATIONS": "5", "WARMDOWN_ITERS": "0"}
     again = env | {"RUN_ID": "again"}
