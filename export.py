@@ -175,7 +175,8 @@ class ExportOptions:
     embed_quantization_bits: int = knob(8, "Export", "the same for the embedding and the head", free=True)
     int8_residual_rank: int = knob(
         0, "Export", "largest rank of a tensor's correction after quantisation; 0 = none", free=True)
-    int8_residual_budget_bytes: int = knob(65_536, "Export", "bytes that all corrections together may take", free=True)
+    int8_residual_budget_bytes: int = knob(
+        65_536, "Export", "bytes that all low-rank corrections together may take", free=True)
     int8_residual_power_iters: int = knob(8, "Export", "power iterations for each rank of a correction", low=1, free=True)
     int8_residual_storage: str = knob(
         "auto", "Export", "how corrections are stored; auto = per tensor what removes most error a byte",
