@@ -63,28 +63,26 @@ file; those of fields named `header.*` from the start of the inflated header.
 """
 from __future__ import annotations
 
-import ast
-import base64
 import hashlib
-import heapq
+import importlib
 import json
-import lzma
 import math
 import os
-import re
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
+
+if TYPE_CHECKING:
+    from sensitivity_map import SensitivityMap
 
 MAGIC, VERSION = b"ANLM", 2
 FIXED = struct.Struct("<4sB3sIII")      # magic, version, reserved, file_bytes, header_raw_bytes, header_coded_bytes
@@ -112,7 +110,6 @@ CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight"
 EMBED_NAMES = ("tok_emb.weight", "lm_head.weight")
 CLIP_QUANTILE = 0.9999984               # of |w| in a row, the baseline's: next to the largest below 600,000 weights
 LQER_GROUP = 64                         # 4-bit values that share a scale
-FIT_WINDOW_BYTES = 20_000               # an export that fits itself to the cap ends at most so far below it
 
 
 class ArtifactError(ValueError):
@@ -131,6 +128,19 @@ class ExportRefused(ValueError):
 def require(holds: bool | np.bool_, field: str, offset: int | None, found: object, expected: object) -> None:
     if not holds:
         raise ArtifactError(field, offset, found, expected)
+
+
+def tool(name: str) -> ModuleType:
+    """A module of scripts/, which some options need and nothing does by default: a packed submission lacks it, because its
+    bytes count. Raises ExportRefused where there is none.
+    """
+    folder = Path(__file__).resolve().parent / "scripts"
+    if not (folder / f"{name}.py").is_file():
+        raise ExportRefused(f"this option needs scripts/{name}.py beside export.py, found no {folder / name}.py, as a packed"
+                            " submission has none; run from a checkout or leave the option at its default")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,6 +233,17 @@ class ExportOptions:
     def solves(self) -> bool:
         """The export fits itself to the cap."""
         return self.cap_policy == "fit" or self.export_allocate != "uniform"
+
+    @property
+    def tools(self) -> dict[str, str]:
+        """What is asked beyond the uniform plan -> the module of scripts/ that does it."""
+        return {asked: name for wanted, asked, name in (
+            (self.int8_residual_rank > 0, f"INT8_RESIDUAL_RANK={self.int8_residual_rank}", "int8_plan"),
+            (self.export_permute != "off", f"EXPORT_PERMUTE={self.export_permute}", "symmetries"),
+            (self.export_rotate, "EXPORT_ROTATE=1", "symmetries"),
+            (self.export_allocate != "uniform", f"EXPORT_ALLOCATE={self.export_allocate}", "int8_plan"),
+            (self.cap_policy == "fit", "CAP_POLICY=fit", "int8_plan"),
+        ) if wanted}
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -512,13 +533,6 @@ def restore_factors(row: PlanRow, parts: Mapping[str, Tensor], own_scales: int) 
     return (a.float() * scales[0]).view(rank, rows), (b.float() * b_scales).view(rank, cols)
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Two's-complement codes of 2 or 4 bits in bytes, the first code lowest."""
-    per = 8 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.int16) & (2**bits - 1), (0, -codes.numel() % per)).view(-1, per)
-    return (codes << (bits * torch.arange(per))).sum(1).to(torch.uint8)
-
-
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     digits = (packed[:, None].to(torch.int16) >> (bits * torch.arange(8 // bits))) & (2**bits - 1)
     return torch.where(digits >= 2 ** (bits - 1), digits - 2**bits, digits).view(-1)
@@ -616,522 +630,6 @@ class Judge:
             return self.sensitivity.loss(name, relative)
         terms = self.terms(name)
         return expected_loss(error, terms) if terms else relative * w.numel()
-
-
-@dataclass(frozen=True)
-class SensitivityMap:
-    """Measured by scripts/sensitivity.py: for each matrix the squared relative errors of its quantisation at several widths,
-    and the loss increase of each in nats a token.
-    """
-    points: Mapping[str, tuple[tuple[float, float], ...]]      # ascending by error
-
-    def loss(self, name: str, relative: float) -> float:
-        """Interpolated on logarithmic axes; beyond the ends in proportion to the squared error."""
-        errors, nats = (np.array(side) for side in zip(*self.points[name], strict=True))
-        at = float(np.clip(relative, errors[0], errors[-1]))
-        value = math.exp(np.interp(math.log(max(at, 1e-300)), np.log(errors), np.log(nats)))
-        return value * relative / at if at else 0.0
-
-
-def read_sensitivity(path: str | os.PathLike[str], shapes: Mapping[str, Sequence[int]]) -> SensitivityMap:
-    """A map of a model with these tensors, measured on training tokens. Raises ArtifactError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        split, points = found["split"], {}
-        for name, entry in found["tensors"].items():
-            pairs = sorted((float(p["relative_error"]), float(p["nats"])) for p in entry["points"])
-            if not np.isfinite(pairs).all():
-                raise ValueError(f"{name} has a point that is not finite")
-            line = float(np.median([nats / error for error, nats in pairs if error > 0 and nats > 0] or [0.0]))
-            # Fine quantisation can help by chance: points below a tenth of the line through the origin are put there.
-            points[name] = tuple((e, max(nats, 0.1 * line * e, 1e-300)) for e, nats in pairs if e > 0)
-        measured = {name: tuple(entry["shape"]) for name, entry in found["tensors"].items()}
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
-        reason = " ".join(f"{type(fault).__name__} ({fault})".split())[:200]
-        raise ArtifactError("sensitivity map", None, reason, "a JSON file of scripts/sensitivity.py") from None
-    require(split == "train", "sensitivity map", None, f"one measured on the {split} split",
-            "one measured on training tokens (--split train): validation data must not shape an artifact")
-    wanted = matrices(shapes)
-    for name in sorted(wanted.keys() | measured.keys()):
-        require(measured.get(name) == wanted.get(name) and bool(points.get(name)), f"sensitivity map, tensor {name}", None,
-                measured.get(name, "nothing"), f"{wanted.get(name, 'nothing')}: the map is of another model")
-    return SensitivityMap(points)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Corrections: low-rank factors and kept values, added where they remove most expected loss a byte.
-# ----------------------------------------------------------------------------------------------------------------------
-
-TARGETS = {     # INT8_TARGETED_RESIDUAL_MODE -> (substrings of the names, blocks)
-    "off": (("",), None), "all_mlp_proj": (("mlp.proj.",), None), "early_mlp_proj": (("mlp.proj.",), 4),
-    "all_attn_proj": (("attn.proj.",), None), "early_proj_combo": (("mlp.proj.", "attn.proj."), 4),
-}
-KEPT_SHARES = {"rows": 1 / 64, "cols": 1 / 64, "entries": 1 / 1024}     # what a plan may keep of a matrix: all or none of it
-
-
-def is_target(name: str, mode: str) -> bool:
-    """Whether a tensor may have a correction."""
-    parts, blocks = TARGETS[mode]
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return any(part in name for part in parts) and (blocks is None or (block is not None and int(block[1]) < blocks))
-
-
-def low_rank(error: Tensor, terms: Sequence[Term], rank: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """Factors a (rank, out), b (rank, in) such that sum_k a_k b_k^T removes the most expected loss from `error` (out, in).
-
-    One direction after the other by power iteration on e H e^T D, D = diag(rows) and H = moment: its leading eigenvector u
-    with b = u^T e is the leading singular pair of D^(1/2) e H^(1/2) (weighted low-rank approximation; Eckart & Young 1936
-    for D = H = I, where it is the SVD's). Several uses add up inside the iteration; their common b is that of the sum of
-    their row costs. The start is the row of the largest weighted norm, so nothing is random.
-    """
-    uses = [t for t in terms if not t.transposed] or [Term(torch.ones(error.shape[0]), torch.eye(error.shape[1]))]
-    cost = sum((t.rows for t in uses), torch.zeros(())).clamp_min(1e-30)
-    rest, a, b = error.float(), [], []
-    for _ in range(min(rank, *error.shape)):
-        u = torch.zeros(error.shape[0])
-        u[int(((rest * rest).sum(1) * cost).argmax())] = 1.0
-        for _ in range(iterations):
-            u = sum((rest @ (t.moment @ (rest.T @ (t.rows * u))) for t in uses), torch.zeros(()))
-            u = u / u.norm().clamp_min(1e-30)
-        v = rest.T @ (cost * u) / (cost * u * u).sum().clamp_min(1e-30)
-        rest = rest - u[:, None] * v
-        size = v.norm().clamp_min(1e-30).sqrt()
-        a.append(u * size)
-        b.append(v / size)
-    return torch.stack(a), torch.stack(b)
-
-
-def store_factors(error: Tensor, terms: Sequence[Term], a: Tensor, b: Tensor, kind: str) -> dict[str, Tensor]:
-    """The factors as the file will hold them; b is fitted once more to what is left of a after rounding."""
-    if kind == "f16":
-        return {"f16": torch.cat([a.half().reshape(-1), b.half().reshape(-1)])}
-    bits, grid = (8, 127.0) if kind == "int8" else (2, 1.5)
-    scale = a.abs().amax(1) if kind == "int8" else a.abs().amax().reshape(1)
-    scale = (scale / grid).half().clamp_min(2**-24)
-    codes = (a / scale.float()[:, None]).round().clamp(-(2 ** (bits - 1)) + (bits == 8), 2 ** (bits - 1) - 1)
-    stored = codes * scale.float()[:, None]
-    uses = [t.rows for t in terms if not t.transposed]
-    cost = torch.stack(uses).sum(0).clamp_min(1e-30) if uses else torch.ones(a.shape[1])
-    cost = cost / cost.mean()
-    normal = (stored * cost) @ stored.T
-    normal = normal + 1e-6 * normal.diagonal().mean().clamp_min(1e-30) * torch.eye(len(a))
-    b = torch.linalg.solve(normal.double(), ((stored * cost) @ error.float()).double()).float()
-    if kind == "int8":
-        b_scale = (b.abs().amax(1) / 127).half().clamp_min(2**-24)
-        b_codes = (b / b_scale.float()[:, None]).round().clamp(-127, 127)
-        values = torch.cat([codes.reshape(-1), b_codes.reshape(-1)]).to(torch.int8).view(torch.uint8)
-        return {"factors": values, "scales": torch.cat([scale, b_scale])}
-    groups = torch.nn.functional.pad(b.reshape(-1), (0, -b.numel() % LQER_GROUP)).view(-1, LQER_GROUP)
-    b_scale = (groups.abs().amax(1) / 7.5).half().clamp_min(2**-24)
-    b_codes = (groups / b_scale.float()[:, None]).round().clamp(-8, 7).reshape(-1)[:b.numel()]
-    values = torch.cat([pack_bits(codes.reshape(-1), 2), pack_bits(b_codes, 4)])
-    return {"factors": values, "scales": torch.cat([scale, b_scale])}
-
-
-def corrected(stored: Stored, error: Tensor, terms: Sequence[Term], a: Tensor, b: Tensor, kind: str) -> Stored:
-    """`stored` with a correction of its error."""
-    row, values = replace(stored.row, rank=len(a), factors=kind), dict(stored.values)
-    for stream, part in store_factors(error, terms, a, b, kind).items():
-        own = values.get(stream, np.zeros(0, STREAM_TYPES[stream]))
-        values[stream] = np.concatenate([own, part.numpy()])
-    return Stored(row, values)
-
-
-def keeping(stored: Stored, w: Tensor, error: Tensor, terms: Sequence[Term], kind: str) -> Stored:
-    """`stored` with the slices or entries of the largest expected loss kept in half precision, their codes zero."""
-    row_cost, col_cost = weight_costs(terms) if terms else (torch.ones(w.shape[0]), torch.ones(w.shape[1]))
-    loss = error.float().square() * row_cost[:, None] * col_cost
-    loss = {"rows": loss.sum(1), "cols": loss.sum(0), "entries": loss.view(-1)}[kind]
-    count = max(1, int(loss.numel() * KEPT_SHARES[kind]))
-    at = loss.topk(count).indices.sort().values
-    codes = torch.from_numpy(stored.values["codes"].copy()).view(w.shape)
-    view, source = {"rows": (codes, w), "cols": (codes.T, w.T), "entries": (codes.view(-1), w.reshape(-1))}[kind]
-    view[at] = 0
-    values = {**stored.values, "codes": codes.reshape(-1).numpy(), "index": at.numpy().astype(np.uint32),
-              "f16": source[at].half().reshape(-1).numpy()}
-    return Stored(replace(stored.row, kept=kind, kept_count=count), values)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One way to store a tensor: what it takes and leaves."""
-    stored: Stored
-    nbytes: int         # beyond the plain one
-    loss: float         # expected
-
-    @property
-    def low_rank_bytes(self) -> int:
-        return self.nbytes if self.stored.row.rank else 0
-
-
-def offers(plain: Stored, w: Tensor, judge: Judge, options: ExportOptions, keep: bool) -> list[Offer]:
-    """The plain tensor first, then every correction that the options allow and that lowers the expected loss."""
-    error = w.double() - restore(plain.row, plain.values).double()
-    found, terms = [Offer(plain, 0, judge.loss(plain.row.name, w, error))], judge.terms(plain.row.name)
-    ways: list[Stored] = [keeping(plain, w, error, terms, kind) for kind in KEPT_SHARES] if keep else []
-    if options.int8_residual_rank and is_target(plain.row.name, options.int8_targeted_residual_mode):
-        a, b = low_rank(error, terms, options.int8_residual_rank, options.int8_residual_power_iters)
-        kinds = FACTORS if options.int8_residual_storage == "auto" else (options.int8_residual_storage,)
-        ways += [corrected(plain, error, terms, a[:r], b[:r], kind) for r in range(1, len(a) + 1) for kind in kinds]
-    for way in ways:
-        left = judge.loss(plain.row.name, w, w.double() - restore(way.row, way.values).double())
-        if left < found[0].loss:
-            extra = {kind: n - plain.row.counts.get(kind, 0) for kind, n in way.row.counts.items()}
-            nbytes = sum(n * np.dtype(STREAM_TYPES[kind]).itemsize for kind, n in extra.items())
-            found.append(Offer(way, nbytes, left))
-    return found
-
-
-def spend(offered: Mapping[str, Sequence[Offer]], budget: int, price: float, room: float = math.inf) -> dict[str, Stored]:
-    """Take offers, whichever removes most loss a byte, while those of low rank fit the budget, all together fit the room,
-    and they remove more than `price` a byte.
-    """
-    taken = {name: way[0] for name, way in offered.items()}
-    while True:
-        steps = [((now.loss - offer.loss) / (offer.nbytes - now.nbytes), name, k) for name, now in taken.items()
-                 for k, offer in enumerate(offered[name]) if now.nbytes < offer.nbytes <= now.nbytes + room
-                 and offer.low_rank_bytes - now.low_rank_bytes <= budget]
-        rate, name, k = max(steps, default=(0.0, "", 0))
-        if rate <= price:
-            return {name: offer.stored for name, offer in taken.items()}
-        before, taken[name] = taken[name], offered[name][k]
-        budget -= taken[name].low_rank_bytes - before.low_rank_bytes
-        room -= taken[name].nbytes - before.nbytes
-
-
-def correct(tensors: Mapping[str, Stored], state: Mapping[str, Tensor], judge: Judge, options: ExportOptions,
-            price: float | None, room: float = math.inf) -> dict[str, Stored]:
-    """Add corrections within INT8_RESIDUAL_BUDGET_BYTES. With a price (loss a byte), as an allocation pays it elsewhere,
-    only what is worth it, kept values included. Raises ExportRefused when the budget holds none.
-    """
-    rank, budget = options.int8_residual_rank, options.int8_residual_budget_bytes
-    found = {
-        name: offers(stored, state[name], judge, options, keep=price is not None)
-        for name, stored in tensors.items() if stored.row.codec == "int" and len(stored.row.shape) == 2
-        and (price is not None or (rank and is_target(name, options.int8_targeted_residual_mode)))}
-    cheapest = min((offer.nbytes for way in found.values() for offer in way[1:]), default=0)
-    if rank and price is None and cheapest > budget:
-        raise ExportRefused(f"INT8_RESIDUAL_BUDGET_BYTES={budget} holds no correction: the smallest takes {cheapest} bytes")
-    return {**tensors, **spend(found, budget, price or 0.0, room)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Symmetries: reorderings that leave the network's function as it is; the file stores none of them.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Symmetry:
-    """Units that may change places. Each place is (tensor, dim, positions (units, width) of the units on that dim).
-
-    What may be exchanged in a GPT of this program, when every tensor that touches a unit follows:
-    - hidden units of an MLP, because relu^2 is elementwise: rows of fc, columns of mlp.proj;
-    - key/value heads, each with its group of query heads, and query heads inside a group, q_gain included;
-    - value dimensions of a key/value head: rows of c_v, columns of attn.proj at all heads of its group;
-    - dimensions of the residual stream, on which RMSNorm is symmetric and all else elementwise or linear;
-    - dimensions of a factorised embedding.
-    Query/key dimensions may not: the pair (i, i + C/2) turns by an angle of its own per position, so two pairs are no
-    equals, and exchanging the two of a pair is a reflection, which turns the rotation by the distance d into the one by -d
-    (q^T S R(d) S k = q^T R(-d) k). Only common rotations of a pair's two rows in q and k remain, quarter turns among them.
-    """
-    kind: str
-    places: tuple[tuple[str, int, Tensor], ...]
-
-    @property
-    def units(self) -> int:
-        return len(self.places[0][2])
-
-    def index(self, place: tuple[str, int, Tensor], order: Tensor, size: int) -> Tensor:
-        """Where each position of the place's dim comes from when the units stand in `order`."""
-        index, positions = torch.arange(size), place[2]
-        index[positions.reshape(-1)] = positions[order].reshape(-1)
-        return index
-
-    def apply(self, order: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        changed = dict(state)
-        for place in self.places:
-            name, dim, _ = place
-            changed[name] = changed[name].index_select(dim, self.index(place, order, changed[name].shape[dim]))
-        return changed
-
-    def apply_to_statistics(self, order: Tensor, statistics: Statistics, state: Mapping[str, Tensor]) -> Statistics:
-        terms = dict(statistics.terms)
-        for place in self.places:
-            name, dim, _ = place
-            if name in terms:
-                index = self.index(place, order, state[name].shape[dim])
-                terms[name] = tuple(
-                    replace(t, rows=t.rows[index]) if (dim == 0) != t.transposed
-                    else replace(t, moment=t.moment[index][:, index]) for t in terms[name])
-        return replace(statistics, terms=terms)
-
-
-def find_symmetries(state: Mapping[str, Tensor], mode: str) -> list[Symmetry]:
-    """Those of the state that EXPORT_PERMUTE=mlp or all may use; none for a state that is no GPT of this program."""
-    found = []
-    for block in block_names(state):
-        fc, proj = block + "mlp.fc.weight", block + "mlp.proj.weight"
-        hidden = torch.arange(state[fc].shape[0])[:, None]
-        found.append(Symmetry("mlp", ((fc, 0, hidden), (proj, 1, hidden))))
-        if mode == "all":
-            found += head_symmetries(state, block + "attn.")
-    return found + (stream_symmetries(state) if mode == "all" and found else [])
-
-
-def block_names(state: Mapping[str, Tensor]) -> list[str]:
-    """`blocks.N.` for each block; none unless every block's tensors have the shapes of a GPT of this program."""
-    found = sorted({m[0] for name in state if (m := re.match(r"blocks\.\d+\.", name))})
-    ends = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
-    for block in found:
-        shapes = [tuple(state[name].shape) for end in ends if (name := f"{block}{end}.weight") in state]
-        heads = state[block + "attn.q_gain"].numel() if block + "attn.q_gain" in state else 0
-        if len(shapes) < len(ends) or any(len(shape) != 2 for shape in shapes) or heads == 0:
-            return []
-        (inner, dim), k, v, out, fc, proj = shapes
-        width = max(inner // heads, 1)
-        groups = k[0] // width
-        fits = k == v == (groups * width, dim) and out == (dim, inner) and fc[1] == dim and proj == fc[::-1]
-        if not fits or inner != heads * width or groups == 0 or heads % groups:
-            return []
-    return found
-
-
-def head_symmetries(state: Mapping[str, Tensor], at: str) -> list[Symmetry]:
-    q, k, v, proj, gain = (at + name for name in ("c_q.weight", "c_k.weight", "c_v.weight", "proj.weight", "q_gain"))
-    heads = state[gain].numel()
-    width = state[q].shape[0] // heads
-    groups = state[k].shape[0] // width
-    rows = torch.arange(heads * width).view(groups, -1)                 # of the query heads of each group
-    kv_rows = torch.arange(groups * width).view(groups, width)
-    gains = torch.arange(heads).view(groups, -1)
-    found = [Symmetry("kv_head", ((q, 0, rows), (k, 0, kv_rows), (v, 0, kv_rows), (gain, 0, gains), (proj, 1, rows)))]
-    for g in range(groups):
-        own = rows[g].view(-1, width)                                   # (heads of the group, width)
-        found.append(Symmetry("query_head", ((q, 0, own), (gain, 0, gains[g][:, None]), (proj, 1, own))))
-        found.append(Symmetry("value", ((v, 0, kv_rows[g][:, None]), (proj, 1, own.T))))
-    return [s for s in found if s.units > 1]
-
-
-def stream_symmetries(state: Mapping[str, Tensor]) -> list[Symmetry]:
-    """The residual stream, and the narrow side of a factorised embedding."""
-    factorised = "embed_proj.weight" in state
-    dims = {"skip_weights": 1, "attn_scale": 0, "mlp_scale": 0, "resid_mix": 1, "c_q.weight": 1, "c_k.weight": 1,
-            "c_v.weight": 1, "fc.weight": 1, "proj.weight": 0, "lm_head.weight": 1}
-    dims |= {"embed_proj.weight": 0} if factorised else {"tok_emb.weight": 1}
-    ends = {name: dim for name in state for end, dim in dims.items() if name == end or name.endswith(f".{end}")}
-    size = {state[name].shape[dim] if state[name].ndim > dim else 0 for name, dim in ends.items()}
-    if len(size) != 1:
-        return []
-    units = torch.arange(size.pop())[:, None]
-    found = [Symmetry("stream", tuple((name, dim, units) for name, dim in sorted(ends.items())))]
-    if factorised:
-        narrow = torch.arange(state["embed_proj.weight"].shape[1])[:, None]
-        found.append(Symmetry("embedding", (("tok_emb.weight", 1, narrow), ("embed_proj.weight", 1, narrow))))
-    return found
-
-
-def rotated(state: dict[str, Tensor], statistics: Statistics | None) -> tuple[dict[str, Tensor], Statistics | None]:
-    """The state with a triangle of zeros in each value head: the canonical form of the continuous symmetry v -> R v, which
-    attention passes on to attn.proj unchanged (rotational redundancy: He et al. 2024, arXiv 2410.01309; zeros stand for
-    its bits back, and need no second pass of the decoder).
-
-    R^T is the orthogonal factor of the head's first C columns, C (C - 1) / 2 zeros; fp64 inside, so logits keep to fp32
-    rounding. The symmetry is larger, GL(C), but a general matrix would scale errors. Queries and keys allow one angle a
-    RoPE pair alone, because a rotation must commute with the position's own: C / 2 zeros a head, under 0.01 % of a file.
-    The stream allows none: attn_scale, mlp_scale, resid_mix and skip_weights act on single dimensions
-    (diag(s) R = R diag(s) for all R only if s is constant), and relu^2 allows none within an MLP.
-    Of c_v's gradients the rotation mixes more than their mean squares tell; their mean over the head is kept.
-    """
-    state, terms = dict(state), dict(statistics.terms) if statistics else {}
-    for block in block_names(state):
-        gain, v, proj = (f"{block}attn.{end}" for end in ("q_gain", "c_v.weight", "proj.weight"))
-        width = state[proj].shape[1] // state[gain].numel()
-        groups = state[v].shape[0] // width
-        turn = torch.zeros(groups, width, width, dtype=torch.float64)
-        for g, head in enumerate(state[v].double().view(groups, width, -1)):
-            q, r = torch.linalg.qr(head[:, :width])
-            turn[g] = (q * r.diagonal().sign().where(r.diagonal() != 0, torch.ones(()))).T if head.shape[1] >= width else q.T
-        both = torch.block_diag(*turn.repeat_interleave(state[gain].numel() // groups, 0))
-        for name, value in ((v, torch.block_diag(*turn) @ state[v].double()), (proj, state[proj].double() @ both.T)):
-            state[name] = value.to(state[name].dtype)
-        if proj in terms:
-            terms[proj] = tuple(replace(t, moment=(both @ t.moment.double() @ both.T).float()) for t in terms[proj])
-            terms[v] = tuple(replace(t, rows=t.rows.view(groups, width).mean(1).repeat_interleave(width)) for t in terms[v])
-    return state, replace(statistics, terms=terms) if statistics else None
-
-
-def orderings(symmetry: Symmetry, codes: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """Orders worth measuring: ascending mean |code| over all places, and over each of the two largest (a chain of nearest
-    neighbours in L1 was never the smallest).
-    """
-    profiles = []
-    for name, dim, positions in symmetry.places:
-        if name in codes:
-            matrix = codes[name].float() if dim == 0 else codes[name].float().T
-            profiles.append(matrix[positions].reshape(symmetry.units, -1))
-    if not profiles:
-        return
-    profiles.sort(key=lambda p: -p.shape[1])
-    sizes = [p.abs().mean(1) for p in profiles]
-    yield torch.stack([s * p.shape[1] for s, p in zip(sizes, profiles, strict=True)]).sum(0).argsort(stable=True)
-    for size in sizes[:2]:
-        yield size.argsort(stable=True)
-
-
-def permuted(state: Mapping[str, Tensor], tensors: Mapping[str, Stored], statistics: Statistics | None, mode: str,
-             gains: dict[str, int]) -> tuple[dict[str, Tensor], Statistics | None]:
-    """The state (and its statistics) in the order whose codes take the fewest bytes, symmetry by symmetry. `tensors` holds
-    the codes of the given order; `gains` counts the bytes saved by kind of symmetry.
-    """
-    state, now = dict(state), {n: s for n, s in tensors.items() if s.row.codec == "int" and len(s.row.shape) == 2}
-    for symmetry in find_symmetries(state, mode):
-        touched = [name for name in dict.fromkeys(name for name, _, _ in symmetry.places) if name in now]
-        codes = {name: torch.from_numpy(now[name].values["codes"]).view(now[name].row.shape) for name in touched}
-        before = best = sum(coded_bytes(now[name]) for name in touched)
-        chosen = None
-        for order in orderings(symmetry, codes):
-            moved = {name: moved_codes(symmetry, order, now[name]) for name in touched}
-            nbytes = sum(map(coded_bytes, moved.values()))
-            if nbytes < best:
-                best, chosen = nbytes, (order, moved)
-        gains[symmetry.kind] = gains.get(symmetry.kind, 0) + before - best
-        if chosen is not None:
-            order, moved = chosen
-            now |= moved
-            if statistics is not None:
-                statistics = symmetry.apply_to_statistics(order, statistics, state)
-            state = symmetry.apply(order, state)
-    return state, statistics
-
-
-def coded_bytes(stored: Stored) -> int:
-    return len(pack_codes(stored, thorough=False)[2])
-
-
-def moved_codes(symmetry: Symmetry, order: Tensor, stored: Stored) -> Stored:
-    """Codes and scales of one tensor in the new order."""
-    row = stored.row
-    codes = stored.values["codes"].reshape(row.shape)
-    scales = list(np.split(stored.values["scales"], [row.scale_counts[0]]))
-    for place in symmetry.places:
-        if place[0] == row.name:
-            dim = place[1]
-            index = symmetry.index(place, order, row.shape[dim]).numpy()
-            codes = codes.take(index, axis=dim)
-            scales[dim] = scales[dim][index] if scales[dim].size else scales[dim]
-    return Stored(row, {"codes": codes.reshape(-1), "scales": np.concatenate(scales)})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Allocation: the steps of all tensors from one price of a byte.
-# ----------------------------------------------------------------------------------------------------------------------
-
-ANCHORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 127.0)     # q_max at which bytes and loss are measured
-STEPS_PER_OCTAVE = 32                                       # between them both are interpolated, on logarithmic axes
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What each choice for one tensor takes and loses; only those that no other choice beats in both."""
-    choices: list[Choice]
-    nbytes: np.ndarray      # ascending
-    loss: np.ndarray        # descending
-
-
-def rate_curve(name: str, w: Tensor, judge: Judge, options: ExportOptions) -> Curve:
-    """Measure the choices for one tensor: by the deflated size of codes and scales, and the judge's view of the error."""
-    w = w.detach().cpu()
-    points: list[tuple[float, float, Choice]] = []
-    half = store(name, w, Choice("f16"), options)
-    points.append((len(pack_stream([half.values["f16"]])[1]), judged(judge, w, half), Choice("f16")))
-    if is_control(name) or w.ndim < 2:
-        full = store(name, w, Choice("f32"), options)
-        points.append((len(pack_stream([full.values["f32"]])[1]), 0.0, Choice("f32")))
-        if is_control(name):
-            points = points[:1] if options.export_allocate != "uniform" and math.isfinite(points[0][1]) else points[1:]
-    costs = weight_costs(judge.terms(name)) if judge.terms(name) else None
-    if not is_control(name):
-        for choice in int_choices(name, w, costs is not None, options):
-            points += interpolated(name, w, choice, costs, judge, options)
-    points.sort(key=lambda p: (p[0], p[1]))
-    lowest, front = math.inf, []
-    for point in points:
-        if point[1] < lowest:
-            lowest = point[1]
-            front.append(point)
-    peak = float(w.abs().max())
-    require(bool(front), f"tensor {name}", None, f"magnitudes up to {peak:g}", "what half precision can hold")
-    nbytes, loss, choices = zip(*front, strict=True)
-    return Curve(list(choices), np.array(nbytes, np.float64), np.array(loss))
-
-
-def judged(judge: Judge, w: Tensor, stored: Stored) -> float:
-    left = restore(stored.row, stored.values)
-    return judge.loss(stored.row.name, w, w.double() - left.double()) if bool(left.isfinite().all()) else math.inf
-
-
-def int_choices(name: str, w: Tensor, with_costs: bool, options: ExportOptions) -> list[Choice]:
-    """The families of steps that an allocation compares; the uniform plan's alone where nothing says what errors cost."""
-    if w.ndim != 2:
-        return [Choice("int")]
-    if options.export_allocate == "uniform":
-        axis = options.int8_axis_mode
-        return [Choice("int", better_axis(w, 127, options) if axis == "auto" else axis)]
-    return [Choice("int", "row"), Choice("int", "col")] + (
-        [Choice("int", axis, weighted=True) for axis in AXES] if with_costs else [])
-
-
-def interpolated(name: str, w: Tensor, family: Choice, costs: tuple[Tensor, Tensor] | None, judge: Judge,
-                 options: ExportOptions) -> list[tuple[float, float, Choice]]:
-    """(bytes, loss, choice) along one family: measured at ANCHORS, interpolated between."""
-    nbytes, loss = [], []
-    for q_max in ANCHORS:
-        stored = store(name, w, replace(family, q_max=q_max), options, costs)
-        layout = layouts_of(stored.row)[-1]     # by scale, for matrices
-        coded = pack_codes(stored, [layout], thorough=False)[2]
-        nbytes.append(len(coded) + len(pack_stream([stored.values["scales"]])[1]))
-        loss.append(max(judged(judge, w, stored), 1e-300))
-    octaves = np.arange(0, np.log2(ANCHORS[-1]), 1 / STEPS_PER_OCTAVE)
-    log_loss = np.interp(octaves, np.log2(ANCHORS), np.log(loss))
-    sizes = np.interp(octaves, np.log2(ANCHORS), nbytes)
-    return [(float(n), math.exp(g), replace(family, q_max=float(2**o)))
-            for n, g, o in zip(sizes, log_loss, octaves, strict=True)]
-
-
-def solve(curves: Mapping[str, Curve], budget: float) -> tuple[dict[str, int], float]:
-    """(the choice for each tensor, loss a byte at the margin) of the least total loss within the budget.
-
-    Each tensor minimises loss + price x bytes by itself and the price is bisected (Shoham & Gersho 1988); what is left of
-    the budget goes to the single upgrades that remove most loss a byte. Where even the smallest choices exceed the budget
-    these are the answer.
-    """
-    def pick(price: float) -> dict[str, int]:
-        return {name: int((c.loss + price * c.nbytes).argmin()) for name, c in curves.items()}
-
-    def size(at: Mapping[str, int]) -> float:
-        return sum(curves[name].nbytes[k] for name, k in at.items())
-
-    low, high = -80.0, 80.0                                 # ln of the price: below low everything is at its finest
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(pick(math.exp(middle))) > budget else (low, middle)
-    at, price = pick(math.exp(high)), math.exp(high)
-    left = budget - size(at)
-    while left > 0:
-        best = (0.0, "", 0)
-        for name, c in curves.items():
-            k = at[name]
-            more = c.nbytes[k + 1:] - c.nbytes[k]
-            fits = int(np.searchsorted(more, left, side="right"))
-            if fits:
-                rates = (c.loss[k] - c.loss[k + 1:k + 1 + fits]) / np.maximum(more[:fits], 1e-9)
-                best = max(best, (float(rates.max()), name, k + 1 + int(rates.argmax())))
-        if best[0] <= 0:
-            break
-        left -= curves[best[1]].nbytes[best[2]] - curves[best[1]].nbytes[at[best[1]]]
-        at[best[1]] = best[2]
-    return at, price
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1522,15 +1020,20 @@ def encode_artifact(
         check_tensor(name, state[name])
     if statistics is not None:
         check_statistics(statistics, state)
-    state = {name: state[name].detach().cpu() for name in sorted(state)}
+    weights: dict[str, Tensor] = {name: state[name].detach().cpu() for name in sorted(state)}
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
     if options.export_rotate:
-        state, statistics = rotated(state, statistics)
+        weights, statistics = tool("symmetries").rotated(weights, statistics)
     if options.solves:
-        return fitted(state, meta, options, statistics, sensitivity, code_bytes)
-    choices = {name: uniform_choice(name, t, options) for name, t in state.items()}
-    state, judge, gains = reordered(state, choices, options, Judge(statistics))
-    export = carried_out(state, meta, options, choices, judge, None)
+        return tool("int8_plan").fitted(weights, meta, options, statistics, sensitivity, code_bytes)
+    choices = {name: uniform_choice(name, t, options) for name, t in weights.items()}
+    judge, gains = Judge(statistics), {}
+    if options.export_permute != "off":
+        weights, judge, gains = tool("symmetries").reordered(weights, choices, options, judge)
+    tensors = quantised(weights, choices, options, judge)
+    if options.int8_residual_rank:
+        tensors = tool("int8_plan").correct(tensors, weights, judge, options, None)
+    export = assembled(weights, meta, options, tensors)
     export.report = replace(export.report, permutation_gains=gains)
     return export
 
@@ -1539,24 +1042,6 @@ def quantised(state: Mapping[str, Tensor], choices: Mapping[str, Choice], option
               ) -> dict[str, Stored]:
     return {name: store(name, t, choices[name], options, weight_costs(terms) if (terms := judge.terms(name)) else None)
             for name, t in state.items()}
-
-
-def reordered(state: dict[str, Tensor], choices: Mapping[str, Choice], options: ExportOptions, judge: Judge
-              ) -> tuple[dict[str, Tensor], Judge, dict[str, int]]:
-    """State and judge in the order that EXPORT_PERMUTE finds for these choices, and the bytes saved by kind of symmetry."""
-    gains: dict[str, int] = {}
-    if options.export_permute == "off":
-        return state, judge, gains
-    tensors = quantised(state, choices, options, judge)
-    state, statistics = permuted(state, tensors, judge.statistics, options.export_permute, gains)
-    return state, Judge(statistics, judge.sensitivity), gains
-
-
-def carried_out(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, choices: Mapping[str, Choice],
-                judge: Judge, price: float | None, room: float = math.inf) -> Export:
-    """Quantise by the choices, correct, write."""
-    tensors = correct(quantised(state, choices, options, judge), state, judge, options, price, room)
-    return assembled(state, meta, options, tensors)
 
 
 def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, tensors: dict[str, Stored]
@@ -1589,72 +1074,6 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     rms_error = math.sqrt(error / energy) if energy else 0.0
     report = SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error)
     return Export(state, tensors, data, report)
-
-
-def fitted(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics | None,
-           sensitivity: SensitivityMap | None, code_bytes: int) -> Export:
-    """The export of least expected loss whose bytes and `code_bytes` end within FIT_WINDOW_BYTES below the cap."""
-    allocates = options.export_allocate != "uniform"
-    if allocates:
-        options = replace(options, int8_scale_floor=0.0)
-    judge = Judge(statistics, sensitivity)
-    view = judge if allocates else Judge()
-    curves = {name: rate_curve(name, t, view, options) for name, t in state.items() if dtype_name(t) in FLOATS}
-    high = options.artifact_cap_bytes - code_bytes
-    low, overhead, plans, aim = high - FIT_WINDOW_BYTES, 0.0, [], high - min(FIT_WINDOW_BYTES / 4, high / 200)
-    best, best_is_finest, best_choices, gains = None, False, {}, {}
-    while True:
-        at, price = solve(curves, aim - overhead)
-        choices = {name: curves[name].choices[at[name]] if name in curves else Choice("raw") for name in state}
-        if not plans:
-            state, judge, gains = reordered(state, choices, options, judge)
-        export = carried_out(state, meta, options, choices, judge, price if allocates else None)
-        total = len(export.data)
-        nbytes, loss = (sum(float(side[at[name]]) for name, side in sides) for sides in (
-            [(name, c.nbytes) for name, c in curves.items()],
-            [(name, c.loss) for name, c in curves.items() if not is_control(name)]))    # nothing says theirs in nats
-        export.report = replace(
-            export.report, planned_bytes=round(nbytes + overhead), expected_nats=loss if allocates else None)
-        if total <= high and (best is None or total >= len(best.data)):
-            best, best_choices = export, choices
-            best_is_finest = all(at[name] == len(c.nbytes) - 1 for name, c in curves.items())
-        coarsest, finest = (all(at[name] == k % len(c.nbytes) for name, c in curves.items()) for k in (0, -1))
-        accurate = abs(total - nbytes - overhead) <= 0.005 * total
-        stuck = at in plans or len(plans) == 10     # the steps between two plans can be larger than the window
-        plans.append(at)
-        if (low <= total <= high and accurate) or (coarsest and total > high) or (finest and total < low) or stuck:
-            break
-        overhead = total - nbytes       # what the curves do not see: header, shared streams, layouts, corrections
-    if best is not None and len(best.data) < low and allocates and not best_is_finest:
-        best = filled(best, low, high, lambda room: carried_out(state, meta, options, best_choices, judge, 0.0, room))
-    if best is None:        # corrections can make a coarse plan larger than a fine one: the last resort has none
-        choices = {name: curves[name].choices[0] if name in curves else Choice("raw") for name in state}
-        best = export = carried_out(state, meta, replace(options, int8_residual_rank=0), choices, judge, None)
-        best.report = replace(best.report, planned_bytes=len(best.data))
-    if len(best.data) > high:
-        raise ArtifactError("plan", None, f"{len(best.data)} bytes at its coarsest beside {code_bytes} of code",
-                            f"at most ARTIFACT_CAP_BYTES={options.artifact_cap_bytes}; choose a smaller shape")
-    best.report = replace(best.report, permutation_gains=gains)
-    if len(best.data) < low:
-        floor = f" (INT8_SCALE_FLOOR={options.int8_scale_floor:.6g})" if options.int8_scale_floor else ""
-        why = "every tensor is at its finest" if best_is_finest else "no finer choice of a tensor fits"
-        best.report = replace(best.report, note=f"{low - len(best.data)} bytes short of the window: {why}{floor}")
-    return best
-
-
-def filled(best: Export, low: float, high: float, with_room: Callable[[float], Export]) -> Export:
-    """Where the steps between plans are larger than the window, corrections fill it, worth their price elsewhere or not."""
-    plain = len(with_room(0.0).data)
-    room = wanted = (low + high) / 2 - plain
-    for _ in range(4):
-        export = with_room(room)
-        if len(best.data) < len(export.data) <= high:
-            report = replace(export.report, planned_bytes=best.report.planned_bytes, expected_nats=best.report.expected_nats)
-            best = replace(export, report=report)
-        if low <= len(export.data) <= high:
-            break
-        room *= wanted / max(len(export.data) - plain, 1)   # the room counts bytes before deflate
-    return best
 
 
 def part_bytes(header_bytes: int, streams: Iterable[str], table: Iterable[tuple[int, int]]) -> dict[str, int]:
@@ -1713,139 +1132,9 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     return decode_artifact(Path(path).read_bytes())
 
 
-TAIL = 1.07     # largest weight of a trained row over that of normals (rows of three 4x256 models: 1.05..1.09)
-
-
-def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int = 0) -> int:
-    """The size of a trained model's artifact from its shapes alone: within 1 % at 3 bits and above unless
-    INT8_SCALE_FLOOR sets the steps, within 2 % at 2 bits.
-
-    It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows.
-    Under a floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its
-    steps. An export that fits itself to the cap is predicted where it will aim, as far as its coarsest and finest plans
-    allow.
-    """
-    if options.solves:
-        finest, coarsest = (
-            predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
-                                            int8_clip_sigmas=0.0, int8_keep_float_max_numel=numel), q_max)
-            for numel, q_max in ((2**62, None), (1024, 1.0)))
-        high = options.artifact_cap_bytes - code_bytes
-        # Ternary codes depend most on the shape of the weights' distribution: better to refuse than to end over the cap.
-        return round(min(max(high - min(FIT_WINDOW_BYTES / 4, high / 200), 1.15 * coarsest), finest))
-    return round(predicted_bytes(shapes, options, None))
-
-
-def predicted_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, q_max: float | None) -> float:
-    """The sum over tensors; `q_max` replaces that of the options."""
-    total = FIXED.size + CHECKSUM_BYTES + 500.0                 # 500: meta and the rest of the deflated header
-    for name, shape in shapes.items():
-        numel, choice = math.prod(shape), storage(name, shape, "float32", options)
-        total += 7                                              # a plan row, deflated
-        if choice.codec == "int":
-            n_scales = shape[choice.axis == "col"] if len(shape) == 2 else 1
-            bits_a_code, per_byte, table_bytes = code_statistics(
-                numel // n_scales, numel, q_max or choice.q_max, options.int8_clip_sigmas)
-            tables = math.ceil(numel / per_byte / 2**15) * table_bytes
-            total += min(numel * bits_a_code / 8 + tables, numel)
-            total += 1.3 * n_scales                             # a mantissa byte each; the exponents are alike
-        else:
-            total += numel * {"f16": 1.69, "f32": 3.2}[choice.codec]    # trained controls after planes and deflate
-    extra = options.int8_residual_budget_bytes if options.int8_residual_rank else 0
-    return total + extra
-
-
-@lru_cache(maxsize=1024)
-def code_statistics(n: int, numel: int, q_max: float, sigmas: float) -> tuple[float, int, float]:
-    """(bits a code, codes a byte, bytes a Huffman table) when deflate codes rows of n normals, rounded by the step
-    max|x| / q_max, or sigmas / q_max where sigmas is not 0.
-    """
-    normal, slices = NormalDist(), 1 if sigmas else 16
-    clips = [sigmas or TAIL * normal.inv_cdf((1 + ((i + 0.5) / slices) ** (1 / n)) / 2) for i in range(slices)]
-    reach = TAIL * normal.inv_cdf(1 - 0.25 / numel) / min(clips)        # of the tensor's largest weight, in clips
-    limit = max(1, math.floor(min(1.0, reach) * q_max + 0.5))
-    shares = np.zeros(limit + 1)                                        # of codes by magnitude
-    for clip in clips:
-        below = [2 * normal.cdf((code + 0.5) * clip / q_max) - 1 for code in range(limit)] + [1.0]
-        shares += np.diff(below, prepend=0.0) / slices
-    codes = np.concatenate([shares[:0:-1] / 2, shares[:1], shares[1:] / 2])
-    entropy = -float(codes @ np.log2(np.maximum(codes, 1e-300)))
-    per_byte = digits_per_byte(limit) if limit <= MAX_RADIX_CODE else 1
-    symbols = codes
-    for _ in range(per_byte - 1):
-        symbols = np.outer(symbols, codes).reshape(-1)
-    held = float((1 - np.exp(-(2**15) * symbols)).sum())                # that a block of 2^15 symbols holds
-    # Where most bytes are those of zeros, deflate's matches beat Huffman codes of single bytes; the factors were measured
-    # there. Trained rows, with more weights near zero and far out than normals, take 0.025 bits less; at 2 bits more.
-    bits = min(huffman_bits(symbols) / per_byte, (1.45 if limit == 1 else 1.35) * entropy)
-    shape = -0.025 if limit > 1 else 0.0 if q_max > 1 else 0.01 if sigmas else 0.04
-    return bits + shape, per_byte, 20 + 0.2 * held
-
-
-def huffman_bits(shares: np.ndarray) -> float:
-    """Mean length of a Huffman code: the sum of the weights of its inner nodes."""
-    heap = [float(share) for share in shares]
-    heapq.heapify(heap)
-    total = 0.0
-    while len(heap) > 1:
-        merged = heapq.heappop(heap) + heapq.heappop(heap)
-        heapq.heappush(heap, merged)
-        total += merged
-    return total
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Code size: the sources as the one file that a submission ships, which is what the cap counts.
-# ----------------------------------------------------------------------------------------------------------------------
-
-ENTRY = "train_gpt"
-# The hook is for Pythons before 3.13, whose own printer of tracebacks looks for source lines in files alone.
-UNPACKER = '''\
-import base64,linecache,lzma,sys,traceback,types
-sys.excepthook=traceback.print_exception
-for n,s in zip(*[iter(lzma.decompress(base64.b85decode("{payload}")).decode().split("\\0"))]*2):
- m=sys.modules[__name__] if n=="{entry}" else types.ModuleType(n)
- m.__file__,f,sys.modules[n]=__file__,__file__+"/"+n+".py",m
- linecache.cache[f]=len(s),None,s.splitlines(True),f
- exec(compile(s,f,"exec"),m.__dict__)
-'''
-
-
-def pack_code(sources: Mapping[str, str]) -> str:
-    """One self-extracting file: other modules are registered by name, then train_gpt runs in the file's own place."""
-    by_name = {Path(name).stem: source for name, source in sources.items()}
-    if ENTRY not in by_name:
-        raise ValueError(f"packing needs {ENTRY}, got {', '.join(by_name) or 'nothing'}")
-    names = [*sorted(by_name.keys() - {ENTRY}), ENTRY]
-    text = "\0".join(part for name in names for part in (name, without_comments(by_name[name])))
-    packed = lzma.compress(text.encode("utf-8"), format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
-    return UNPACKER.format(payload=base64.b85encode(packed).decode("ascii"), entry=ENTRY)
-
-
-def without_comments(source: str) -> str:
-    """The same program without comments and docstrings."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree) + "\n"
-
-
-def packed_code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """What the sources weigh in a submission; in a packed file, where they share one path, the size of that file."""
-    distinct = sorted({Path(path).resolve() for path in paths})
-    if len(distinct) == 1:
-        return distinct[0].stat().st_size
-    return len(pack_code({path.name: path.read_text(encoding="utf-8") for path in distinct}).encode("utf-8"))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; they live beside the analysis, because a submission needs none of them and its bytes count."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "scripts"))
-    import export_verbs  # pyright: ignore[reportMissingImports]
-
-    return export_verbs.main(argv)
+    return tool("export_verbs").main(argv)
 
 
 if __name__ == "__main__":

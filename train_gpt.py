@@ -33,7 +33,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sentencepiece as spm
@@ -52,22 +52,22 @@ from export import (
     ArtifactError,
     ExportOptions,
     ExportRefused,
-    SensitivityMap,
     SizeReport,
     Statistics,
     Term,
     decode_artifact,
     encode_artifact,
     knob,
-    packed_code_bytes,
     plan_lines,
-    predict_artifact_bytes,
     range_problems,
-    read_sensitivity,
     save_artifact,
+    tool,
     weights_digest,
     write_atomically,
 )
+
+if TYPE_CHECKING:
+    from sensitivity_map import SensitivityMap
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob of a run, its unit, the meaning of zero, and the faults a value can have.
@@ -256,6 +256,11 @@ class Config(ExportOptions, ModelShape):
     @property
     def export_options(self) -> ExportOptions:
         return ExportOptions(**{f.name: getattr(self, f.name) for f in fields(ExportOptions)})
+
+    @property
+    def tools(self) -> dict[str, str]:
+        own = {f"SENSITIVITY_MAP={self.sensitivity_map}": "sensitivity_map"} if self.sensitivity_map else {}
+        return super().tools | own
 
     def problems(self) -> list[str]:
         found = range_problems(self, [f for f in fields(self) if f not in (*fields(ModelShape), *fields(ExportOptions))])
@@ -1687,13 +1692,14 @@ ARTIFACT_NAME = "final_model.int8.ptz"
 
 def source_files() -> list[Path]:
     """This file and export.py; one and the same when both run from a packed submission."""
-    return [Path(__file__), Path(sys.modules["export"].__file__ or "")]
+    return list(dict.fromkeys(Path(file or "").resolve() for file in (__file__, sys.modules["export"].__file__)))
 
 
 @lru_cache(maxsize=1)
 def code_bytes() -> int:
     """Size of the submission's code once packed."""
-    return packed_code_bytes(source_files())
+    files = source_files()
+    return files[0].stat().st_size if len(files) == 1 else tool("packing").packed_code_bytes(files)
 
 
 def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
@@ -1857,17 +1863,38 @@ def folder_problems(cfg: Config) -> list[str]:
 
 
 def read_map(cfg: Config) -> SensitivityMap | None:
-    return read_sensitivity(cfg.sensitivity_map, tensor_shapes(cfg.shape)) if cfg.sensitivity_map else None
+    if not cfg.sensitivity_map:
+        return None
+    return tool("sensitivity_map").read_sensitivity(cfg.sensitivity_map, tensor_shapes(cfg.shape))
 
 
 def predicted_size(cfg: Config) -> tuple[str, bool]:
     """The line about the total to expect, and whether CAP_POLICY refuses it."""
-    code, cap = code_bytes(), cfg.artifact_cap_bytes
-    artifact = predict_artifact_bytes(tensor_shapes(cfg.shape), cfg.export_options, code)
-    over = bool(cap) and artifact + code > cap
-    verdict = "" if not cap else " OVER THE CAP" if over else " under the cap"
-    line = f"predicted: artifact {artifact} + code {code} = {artifact + code} bytes of {cap}{verdict}"
-    return line, over and cfg.cap_policy != "warn"
+    try:
+        prediction = tool("prediction")
+    except ExportRefused:
+        return "predicted: no size, a packed file runs without scripts/prediction.py", False
+    return prediction.prediction_line(tensor_shapes(cfg.shape), cfg.export_options, code_bytes())
+
+
+def export_problems(cfg: Config) -> list[str]:
+    """Why there can be no such export: a tool or a map that cannot be used, a size over the cap."""
+    found = []
+    for asked, name in (cfg.tools | ({"the size of the code": "packing"} if len(source_files()) > 1 else {})).items():
+        try:
+            tool(name)
+        except ExportRefused as error:
+            found.append(f"{asked}: {error}")
+    if found:
+        return found
+    line, refused = predicted_size(cfg)
+    remedy = "choose a smaller shape" + ("" if cfg.cap_policy == "fit" else ", fewer bits, CAP_POLICY=fit or =warn")
+    found += [f"{line} (CAP_POLICY={cfg.cap_policy}): {remedy}"] * refused
+    try:
+        read_map(cfg)
+    except ArtifactError as error:
+        found.append(f"SENSITIVITY_MAP={cfg.sensitivity_map}: {error}")
+    return found
 
 
 def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
@@ -1876,14 +1903,7 @@ def preflight(env: Mapping[str, str]) -> tuple[Config, Runtime, Data]:
     rt = Runtime.from_config(cfg, env)
     problems += rt.problems(cfg)
     if not problems:
-        problems += cfg.world_problems(rt.world_size)
-        line, refused = predicted_size(cfg)
-        remedy = "choose a smaller shape" + ("" if cfg.cap_policy == "fit" else ", fewer bits, CAP_POLICY=fit or =warn")
-        problems += [f"{line} (CAP_POLICY={cfg.cap_policy}): {remedy}"] * refused
-        try:
-            read_map(cfg)
-        except ArtifactError as error:
-            problems.append(f"SENSITIVITY_MAP={cfg.sensitivity_map}: {error}")
+        problems += cfg.world_problems(rt.world_size) + export_problems(cfg)
     data, data_problems = load_data(cfg)
     problems += data_problems
     if rt.master:

@@ -40,7 +40,6 @@ from export import (
     pack_meta,
     parse_meta,
     plan_lines,
-    read_sensitivity,
     require,
     restore,
     shapes_of,
@@ -48,6 +47,7 @@ from export import (
     weights_digest,
     write_atomically,
 )
+from sensitivity_map import read_sensitivity
 from train_gpt import (
     GPT,
     Config,

@@ -46,6 +46,7 @@ from torch import Tensor  # noqa: E402
 
 import export  # noqa: E402
 import export_verbs  # noqa: E402
+import int8_plan  # noqa: E402
 import train_gpt  # noqa: E402
 
 OPTIONS = export.ExportOptions(int8_scale_floor=0.0)
@@ -151,8 +152,8 @@ def stored_as(name: str, w: Tensor, form: Form) -> export.Stored:
         return plain
     error = w.double() - export.restore(plain.row, plain.values).double()
     squared = (export.Term(torch.ones(w.shape[0]), torch.eye(w.shape[1])),)     # statistics must not change a measurement
-    a, b = export.low_rank(error, squared, form.rank, OPTIONS.int8_residual_power_iters)
-    return export.corrected(plain, error, squared, a, b, "int8")
+    a, b = int8_plan.low_rank(error, squared, form.rank, OPTIONS.int8_residual_power_iters)
+    return int8_plan.corrected(plain, error, squared, a, b, "int8")
 
 
 def restored_as(name: str, w: Tensor, form: Form) -> Tensor:
@@ -287,7 +288,7 @@ def entries(subject: Subject, names: tuple[str, ...], forms: Sequence[Form], bas
 
 
 def map_of(subject: Subject, args: argparse.Namespace, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Everything measured, in the format that export.read_sensitivity reads."""
+    """Everything measured, in the format that sensitivity_map.read_sensitivity reads."""
     forms = [Form(bits, rank) for rank in sorted({0, args.residual_rank}) for bits in args.bits]
     families: dict[str, tuple[str, ...]] = {}
     for name in sorted(subject.matrices, key=lambda name: list(FAMILIES).index(family_of(name))):

@@ -22,25 +22,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import export
+import int8_plan
 from export import (
     ArtifactError,
     Choice,
-    Curve,
     ExportOptions,
     Judge,
-    SensitivityMap,
     Statistics,
     Term,
     decode_artifact,
     encode_artifact,
     expected_loss,
     matrices,
-    rate_curve,
     restore,
     shapes_of,
-    solve,
     weights_digest,
 )
+from int8_plan import Curve, rate_curve, solve
+from sensitivity_map import SensitivityMap
 from train_gpt import ModelShape, tensor_shapes
 
 
@@ -154,7 +153,7 @@ def test_a_curves_point_is_what_storing_its_choice_gives(family: Choice) -> None
     statistics = random_statistics({"w": w}, 5)
     judge, options = Judge(statistics), ExportOptions(export_allocate="hessian", int8_scale_floor=0.0)
     costs = export.weight_costs(statistics.terms["w"])
-    points = {c.q_max: (n, g) for n, g, c in export.interpolated("w", w, family, costs, judge, options)}
+    points = {c.q_max: (n, g) for n, g, c in int8_plan.interpolated("w", w, family, costs, judge, options)}
     for q_max, tolerance in ((8.0, 1e-6), (64.0, 1e-6), (2 ** 2.5, 0.1), (2 ** 4.5, 0.1)):
         stored = export.store("w", w, export.replace(family, q_max=q_max), options, costs)
         loss = expected_loss(w.double() - restore(stored.row, stored.values).double(), statistics.terms["w"])
@@ -320,7 +319,7 @@ def test_two_allocations_of_the_same_weights_give_the_same_bytes() -> None:
 
 
 def test_a_finest_plan_below_the_window_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "FIT_WINDOW_BYTES", 1000)
+    monkeypatch.setattr(int8_plan, "FIT_WINDOW_BYTES", 1000)
     state = random_state(tiny_shape(), 1)
     found = encode_artifact(state, {}, ExportOptions(cap_policy="fit", artifact_cap_bytes=10**6))
     short = 10**6 - 1000 - len(found.data)
@@ -391,7 +390,7 @@ def test_no_file_ends_over_its_cap(seed: int, monkeypatch: pytest.MonkeyPatch) -
         raw = sum(t.numel() for t in state.values())
         high = int(rng.choice([0.02, 0.3, 0.5, 0.7, 0.9, 1.2, 4.0]) * raw) + rng.randrange(700)
         window = rng.choice([20_000, max(400, high // 10)])
-        monkeypatch.setattr(export, "FIT_WINDOW_BYTES", window)
+        monkeypatch.setattr(int8_plan, "FIT_WINDOW_BYTES", window)
         cap = max(high + code, 1)
         nbytes, text = fitted_bytes(state, options, statistics, cap, code)
         where = f"seed {seed} case {case}: {nbytes} bytes of {cap} with {code} of code, window {window}: {text} {options}"
@@ -432,7 +431,7 @@ def test_a_refusal_is_true() -> None:
 
 def test_a_note_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it says that every tensor is at its finest, a higher cap gives no larger file."""
-    monkeypatch.setattr(export, "FIT_WINDOW_BYTES", 200)
+    monkeypatch.setattr(int8_plan, "FIT_WINDOW_BYTES", 200)
     state = random_state(tiny_shape(num_layers=2), 1)
     finest, _ = fitted_bytes(state, {"cap_policy": "fit"}, None, 10**6, 0)
     assert finest is not None
@@ -444,11 +443,11 @@ def test_a_note_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_corrections_fill_what_lies_between_codes_and_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """One matrix takes 80 kB in codes at their finest and 140 in half precision: what is kept of it lies between."""
-    monkeypatch.setattr(export, "FIT_WINDOW_BYTES", 500)
+    monkeypatch.setattr(int8_plan, "FIT_WINDOW_BYTES", 500)
     state = {"w": torch.randn(256, 320, generator=torch.Generator().manual_seed(0))}
     statistics, options = random_statistics(state, 1), ExportOptions(export_allocate="hessian", artifact_cap_bytes=85_000)
     found = encode_artifact(state, {}, options, statistics=statistics)
-    monkeypatch.setattr(export, "KEPT_SHARES", {})
+    monkeypatch.setattr(int8_plan, "KEPT_SHARES", {})
     bare = encode_artifact(state, {}, options, statistics=statistics)
     assert (found.tensors["w"].row.codec, found.tensors["w"].row.kept != "none") == ("int", True)
     assert len(bare.data) < len(found.data) <= 85_000

@@ -23,35 +23,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import export
+import int8_plan
 from export import (
     FACTORS,
     ArtifactError,
     Choice,
     ExportOptions,
     Judge,
-    Offer,
-    SensitivityMap,
     Statistics,
     Stored,
     Term,
     check_statistics,
-    corrected,
     decode_artifact,
     encode_artifact,
     expected_loss,
-    is_target,
-    low_rank,
-    offers,
-    read_sensitivity,
     restore,
     save_artifact,
-    spend,
     store,
-    store_factors,
     sum_squares,
     weight_costs,
     weights_digest,
 )
+from int8_plan import Offer, corrected, is_target, low_rank, offers, spend, store_factors
+from sensitivity_map import SensitivityMap, read_sensitivity
 
 PLAIN = ExportOptions(int8_keep_float_max_numel=0)
 
@@ -320,7 +314,7 @@ TARGETED = {
 
 def test_every_mode_has_its_names() -> None:
     choices = next(f.metadata["choices"] for f in export.fields(ExportOptions) if f.name == "int8_targeted_residual_mode")
-    assert sorted(choices) == sorted(TARGETED) == sorted(export.TARGETS)
+    assert sorted(choices) == sorted(TARGETED) == sorted(int8_plan.TARGETS)
 
 
 @pytest.mark.parametrize("mode", TARGETED)
@@ -389,7 +383,7 @@ def test_kept_values_are_the_most_expensive_errors(kind: str) -> None:
     w[10], w[:, 77] = w[10] * 1.5, w[:, 77] * 1.5
     plain = store("w", w, Choice("int", "row", 2), PLAIN)
     error = (w - restore(plain.row, plain.values)).double()
-    kept = export.keeping(plain, w, error, [t], kind)
+    kept = int8_plan.keeping(plain, w, error, [t], kind)
     squared = error.square()
     scores = {"rows": squared.sum(1), "cols": squared.sum(0), "entries": squared.reshape(-1)}[kind]
     count = {"rows": 1, "cols": 2, "entries": 8}[kind]

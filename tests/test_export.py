@@ -31,6 +31,9 @@ from torch import Tensor
 
 import export
 import export_verbs
+import int8_plan
+import packing
+import prediction
 import train_gpt
 from export import ArtifactError, Choice, ExportOptions, dequantize, quantize, uniform_choice
 
@@ -368,7 +371,7 @@ def sizes(shapes: dict[str, tuple[int, ...]], options: ExportOptions, spread: fl
             slices *= (spread * normal(slices.shape[1], seed=99)).exp()
     meta = {"model": {f"a_knob_named_{i}": i * i for i in range(40)}}
     true_bytes = export.encode_artifact(state, meta, options).report.total_bytes
-    return export.predict_artifact_bytes(shapes, options), true_bytes
+    return prediction.predict_artifact_bytes(shapes, options), true_bytes
 
 
 def all_bits(bits: int, axis_mode: str, sigmas: float = 0.0) -> ExportOptions:
@@ -403,7 +406,7 @@ def test_prediction_counts_fp16_and_knows_that_a_floor_shrinks_untrained_models(
     for options, holds in ((ExportOptions(weight_quantization_bits=16), lambda p, t: p == pytest.approx(t, rel=0.06)),
                            (ExportOptions(), lambda p, t: p > 1.5 * t)):
         true_bytes = export.encode_artifact(state, {}, options).report.total_bytes
-        assert holds(export.predict_artifact_bytes({"w": (512, 512)}, options), true_bytes)
+        assert holds(prediction.predict_artifact_bytes({"w": (512, 512)}, options), true_bytes)
 
 
 def test_prediction_of_a_fit_is_where_it_will_aim() -> None:
@@ -414,20 +417,20 @@ def test_prediction_of_a_fit_is_where_it_will_aim() -> None:
 
     for cap in (100_000, 200_000):
         true_bytes = export.encode_artifact({"w": normal(512, 512)}, {}, fit(cap)).report.total_bytes
-        assert cap - export.FIT_WINDOW_BYTES <= true_bytes <= cap
-        assert export.predict_artifact_bytes(shapes, fit(cap)) == pytest.approx(true_bytes, rel=0.01)
-        assert export.predict_artifact_bytes(shapes, fit(cap + 40_000), code_bytes=40_000) == (
-            export.predict_artifact_bytes(shapes, fit(cap)))
+        assert cap - int8_plan.FIT_WINDOW_BYTES <= true_bytes <= cap
+        assert prediction.predict_artifact_bytes(shapes, fit(cap)) == pytest.approx(true_bytes, rel=0.01)
+        assert prediction.predict_artifact_bytes(shapes, fit(cap + 40_000), code_bytes=40_000) == (
+            prediction.predict_artifact_bytes(shapes, fit(cap)))
     for few, many in ((1_000, 10_000), (10**7, 10**8)):     # beyond its coarsest and its finest plan a cap says nothing
-        assert export.predict_artifact_bytes(shapes, fit(few)) == export.predict_artifact_bytes(shapes, fit(many))
+        assert prediction.predict_artifact_bytes(shapes, fit(few)) == prediction.predict_artifact_bytes(shapes, fit(many))
     large = {f"blocks.{i}.w": (2048, 2048) for i in range(8)}
-    assert export.predict_artifact_bytes(large, fit(16_000_000)) == 16_000_000 - export.FIT_WINDOW_BYTES // 4
+    assert prediction.predict_artifact_bytes(large, fit(16_000_000)) == 16_000_000 - int8_plan.FIT_WINDOW_BYTES // 4
 
 
 @pytest.mark.parametrize("shares", [[0.5, 0.25, 0.125, 0.125], [0.9, 0.1], [0.4, 0.3, 0.2, 0.1]])
 def test_huffman_bits(shares: list[float]) -> None:
     lengths = {4: [1, 2, 3, 3], 2: [1, 1]}[len(shares)]
-    assert export.huffman_bits(np.array(shares)) == pytest.approx(np.dot(shares, lengths))
+    assert prediction.huffman_bits(np.array(shares)) == pytest.approx(np.dot(shares, lengths))
 
 
 # Saving
@@ -649,8 +652,8 @@ def run_alone(path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_packed_file_runs_alone_and_shows_its_source_in_tracebacks(tmp_path: Path) -> None:
-    packed = export.pack_code({"train_gpt.py": FAKE_TRAIN, "export.py": FAKE_EXPORT})
-    assert packed == export.pack_code({"export": FAKE_EXPORT, "train_gpt": FAKE_TRAIN})
+    packed = packing.pack_code({"train_gpt.py": FAKE_TRAIN, "export.py": FAKE_EXPORT})
+    assert packed == packing.pack_code({"export": FAKE_EXPORT, "train_gpt": FAKE_TRAIN})
     path = tmp_path / "submission.py"
     path.write_text(packed)
     run = run_alone(path, "--flag")
@@ -662,27 +665,31 @@ def test_packed_file_runs_alone_and_shows_its_source_in_tracebacks(tmp_path: Pat
     assert os.listdir(tmp_path) == ["submission.py"]
 
 
-def test_packed_bytes_are_those_of_the_file_that_ships(tmp_path: Path) -> None:
+def test_packed_bytes_are_those_of_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in (("train_gpt.py", FAKE_TRAIN), ("export.py", FAKE_EXPORT)):
         (tmp_path / name).write_text(source)
     paths = [tmp_path / "train_gpt.py", tmp_path / "export.py"]
-    size = export.packed_code_bytes(paths)
+    size = packing.packed_code_bytes(paths)
     packed = tmp_path / "packed.py"
-    packed.write_text(export.pack_code({"train_gpt": FAKE_TRAIN, "export": FAKE_EXPORT}))
-    assert size == packed.stat().st_size == export.packed_code_bytes([packed, packed])
+    packed.write_text(packing.pack_code({"train_gpt": FAKE_TRAIN, "export": FAKE_EXPORT}))
+    with monkeypatch.context() as patch:        # in a packed file both modules have its path, and scripts/ is not beside it
+        for module in (train_gpt, export):
+            patch.setattr(module, "__file__", str(packed))
+        assert train_gpt.code_bytes.__wrapped__() == size
+    assert size == packed.stat().st_size
     paths[1].write_text(FAKE_EXPORT + "# " + "noise " * 500 + "\n")
-    assert export.packed_code_bytes(paths) == size
+    assert packing.packed_code_bytes(paths) == size
     paths[1].write_text(FAKE_EXPORT + "TABLE = " + repr(random.Random(0).sample(range(10**6), 200)) + "\n")
-    assert export.packed_code_bytes(paths) > size + 300
+    assert packing.packed_code_bytes(paths) > size + 300
     with pytest.raises(ValueError, match="packing needs train_gpt, got export"):
-        export.pack_code({"export": FAKE_EXPORT})
+        packing.pack_code({"export": FAKE_EXPORT})
 
 
 def test_the_exporter_works_when_packed(tmp_path: Path) -> None:
     golden = ROOT / "tests" / "data" / "golden_v2.anlm"
     program = "import sys, export\nprint(len(export.load_artifact(sys.argv[1]).state))\nprint(export.__doc__)\n"
     sources = {"train_gpt": program, "export": Path(export.__file__).read_text()}
-    (tmp_path / "train_gpt.py").write_text(export.pack_code(sources))
+    (tmp_path / "train_gpt.py").write_text(packing.pack_code(sources))
     run = run_alone(tmp_path / "train_gpt.py", str(golden))
     assert (run.stdout.splitlines(), run.stderr) == (["9", "None"], "")
 
@@ -889,7 +896,7 @@ def test_predict_prints_the_total_of_the_knobs(monkeypatch: pytest.MonkeyPatch, 
     knobs = {"NUM_LAYERS": "2", "MODEL_DIM": "128", "INT8_SCALE_FLOOR": "0"}
     cfg, problems = train_gpt.Config.parse(knobs)
     assert problems == []
-    artifact = export.predict_artifact_bytes(train_gpt.tensor_shapes(cfg.shape), cfg.export_options)
+    artifact = prediction.predict_artifact_bytes(train_gpt.tensor_shapes(cfg.shape), cfg.export_options)
     want = f"predicted: artifact {artifact} + code {CODE_BYTES} = {artifact + CODE_BYTES} bytes of 16000000 under the cap\n"
     monkeypatch.setenv("NUM_LAYERS", "2")
     monkeypatch.setenv("MODEL_DIM", "96")       # the command line comes before it

@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import export  # noqa: E402
 import ledger  # noqa: E402
+import packing  # noqa: E402
 from export import ExportOptions  # noqa: E402
 
 FC, PROJ, SCALE = "blocks.0.mlp.fc.weight", "blocks.0.mlp.proj.weight", "blocks.0.attn_scale"
@@ -150,7 +151,7 @@ def test_hand_written_file_is_attributed_to_the_byte(tmp_path: Path) -> None:
 def test_code_is_the_packed_submission(tmp_path: Path) -> None:
     sources = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "export.py")}
     found = ledger.read_ledger(str(hand_written(tmp_path / "a.ptz")))
-    assert found.code_bytes == found.components["code"] == len(export.pack_code(sources).encode())
+    assert found.code_bytes == found.components["code"] == len(packing.pack_code(sources).encode())
 
 
 @pytest.mark.parametrize("name", ["f16_factors", "int8_factors", "lqer_factors"])

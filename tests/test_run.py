@@ -26,6 +26,7 @@ import torch
 
 import export
 import export_verbs
+import packing
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -616,7 +617,7 @@ def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
 
 
 def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path):
-    packed = export.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
+    packed = packing.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "train_gpt.py").write_text(packed)

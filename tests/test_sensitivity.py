@@ -30,6 +30,7 @@ import train_gpt
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(ROOT / "scripts"))
 import sensitivity
+from sensitivity_map import read_sensitivity
 
 BITS, BASE_BITS = (2, 4, 8), 4
 TOKENS = 256
@@ -257,7 +258,7 @@ def test_cheap_evaluates_nothing_and_is_no_plan(
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
     assert "not measured" in capsys.readouterr().out
     with pytest.raises(export.ArtifactError, match="sensitivity map: found TypeError"):
-        export.read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
+        read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
 
 
 @pytest.mark.parametrize(("a", "b", "wanted"), [
@@ -351,11 +352,11 @@ def test_only_a_map_of_training_tokens_may_plan(
 ) -> None:
     assert "only a map of --split train may plan an artifact" in made.lines[-1]
     with pytest.raises(export.ArtifactError, match="found one measured on the val split"):
-        export.read_sensitivity(made.file("json"), export.shapes_of(case.state))
+        read_sensitivity(made.file("json"), export.shapes_of(case.state))
     assert sensitivity.main(case.command(tmp_path / "map", split="train", residual_rank="0")) == 0
     assert "(may plan an artifact)" in capsys.readouterr().out.splitlines()[-1]
     found = json.loads((tmp_path / "map.json").read_text())
-    read = export.read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
+    read = read_sensitivity(tmp_path / "map.json", export.shapes_of(case.state))
     assert found["split"] == "train"
     p = point(found, "tok_emb.weight", 2)
     assert read.loss("tok_emb.weight", p["relative_error"]) == pytest.approx(p["nats"], rel=1e-6)

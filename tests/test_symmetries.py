@@ -18,15 +18,13 @@ from torch import Tensor
 from export import (
     ExportOptions,
     Statistics,
-    Symmetry,
     Term,
     decode_artifact,
     encode_artifact,
     expected_loss,
-    find_symmetries,
-    rotated,
     weights_digest,
 )
+from symmetries import Symmetry, find_symmetries, rotated
 from train_gpt import GPT, calibrate, rope_tables, rotate
 
 KINDS = {"mlp", "kv_head", "query_head", "value", "stream", "embedding"}
