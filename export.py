@@ -234,7 +234,6 @@ class ExportOptions:
         """The export fits itself to the cap."""
         return self.cap_policy == "fit" or self.export_allocate != "uniform"
 
-    @property
     def tools(self) -> dict[str, str]:
         """What is asked beyond the uniform plan -> the module of scripts/ that does it."""
         return {asked: name for wanted, asked, name in (
@@ -564,9 +563,9 @@ class Statistics:
     terms: Mapping[str, tuple[Term, ...]]   # name of a matrix -> its uses
 
 
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over names and values: statistics and maps belong to one set of weights."""
-    digest = hashlib.blake2b(digest_size=16)
+def weights_digest(state: Mapping[str, Tensor], start: bytes = b"") -> str:
+    """BLAKE2b over `start`, names and values: statistics and maps belong to one set of weights."""
+    digest = hashlib.blake2b(start, digest_size=16)
     for name in sorted(state):
         t = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

@@ -30,10 +30,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import sentencepiece as spm
@@ -56,18 +56,15 @@ from export import (
     Statistics,
     Term,
     decode_artifact,
-    encode_artifact,
     knob,
     plan_lines,
     range_problems,
     save_artifact,
+    shapes_of,
     tool,
     weights_digest,
     write_atomically,
 )
-
-if TYPE_CHECKING:
-    from sensitivity_map import SensitivityMap
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: every knob of a run, its unit, the meaning of zero, and the faults a value can have.
@@ -87,7 +84,6 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class ModelShape:
     """What a reader needs to rebuild the network around an artifact's weights; stored in every artifact's header."""
-
     vocab_size: int = knob(1024, "Model", "tokens in the vocabulary; must be the tokenizer's", low=1)
     num_layers: int = knob(9, "Model", "transformer layers; the first half feeds the second through skip connections", low=2)
     num_unique_blocks: int = knob(0, "Model", "blocks with weights of their own, used in turn by the layers; 0 = all")
@@ -101,8 +97,7 @@ class ModelShape:
     rope_base: float = knob(10000.0, "Model", "base of the rotary position frequencies")
     rope_dtype: str = knob(
         "auto", "Model", "precision of the rotary tables; auto = the compute dtype, as the baseline, whose bfloat16"
-        " tables round positions above 256", choices=("auto", "float32", "bfloat16"),
-    )
+        " tables round positions above 256", choices=("auto", "float32", "bfloat16"))
     logit_softcap: float = knob(30.0, "Model", "logits are softcap * tanh(logits / softcap)")
 
     @property
@@ -138,35 +133,29 @@ class ModelShape:
 @dataclass(frozen=True)
 class Config(ExportOptions, ModelShape):
     """Every knob of a run: the field `iterations` is set by the environment variable ITERATIONS."""
-
     run_id: str = knob("", "Run", "names the folder of all outputs; empty = date, time and four random digits", free=True)
     log_dir: str = knob("logs", "Run", "folder that holds the run folders", free=True)
     seed: int = knob(1337, "Run", "seeds the initial weights; the order of the data does not depend on it")
     device: str = knob("auto", "Run", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "cpu", "mps"))
     compute_dtype: str = knob(
-        "auto", "Run", "autocast dtype; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16")
-    )
+        "auto", "Run", "autocast dtype; auto = bfloat16 on cuda, float32 elsewhere", choices=("auto", "float32", "bfloat16"))
     enable_torch_compile: str = knob("auto", "Run", "1 or 0; auto = on cuda only", choices=("auto", "0", "1"), free=True)
     sdp_backend: str = knob(
         "auto", "Run", "attention kernel on cuda; auto = flash where it can run, else memory-efficient, else math",
-        choices=("auto", "flash", "efficient", "math", "cudnn"), free=True,
-    )
+        choices=("auto", "flash", "efficient", "math", "cudnn"), free=True)
 
     data_path: str = knob("./data/datasets/fineweb10B_sp1024", "Data", "folder of fineweb_{train,val}_*.bin shards")
     tokenizer_path: str = knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", "Data", "SentencePiece .model, or the byte tokenizer's .json"
-    )
+        "./data/tokenizers/fineweb_1024_bpe.model", "Data", "SentencePiece .model, or the byte tokenizer's .json")
     train_batch_tokens: int = knob(524_288, "Data", "tokens a step over all ranks", low=1)
     train_seq_len: int = knob(1024, "Data", "tokens a training sequence; evaluation uses it too", low=1)
     micro_batch_tokens: int = knob(
         0, "Data", "tokens a forward pass; 0 = an eighth of the step. Changes memory and speed, not the data or the maths",
-        free=True,
-    )
+        free=True)
 
     iterations: int = knob(20_000, "Schedule", "optimiser steps; the wallclock cap wins if it comes first", free=True)
     max_wallclock_seconds: float = knob(
-        600.0, "Schedule", "training time, evaluation excluded; 0 = no cap, the schedule then counts steps", free=True
-    )
+        600.0, "Schedule", "training time, evaluation excluded; 0 = no cap, the schedule then counts steps", free=True)
     warmdown_iters: int = knob(1200, "Schedule", "steps over which the learning rate falls to zero at the end; 0 = never")
     warmup_steps: int = knob(20, "Schedule", "untimed steps that prime the kernels; everything is restored after", free=True)
 
@@ -174,21 +163,16 @@ class Config(ExportOptions, ModelShape):
     val_loss_every: int = knob(1000, "Evaluation", "steps between validations; 0 = only at the end", free=True)
     val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
-    roundtrip_val_max_tokens: int = knob(
-        0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True
-    )
+    roundtrip_val_max_tokens: int = knob(0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
-        0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True
-    )
+        0, "Checkpoint", "steps between checkpoints; 0 = none, except when a signal stops the run", free=True)
     checkpoint_keep: int = knob(2, "Checkpoint", "newest checkpoints kept", free=True, low=1)
     resume: str = knob(
-        "", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True
-    )
+        "", "Checkpoint", "a checkpoint's path, or auto = the newest of this RUN_ID, from scratch if none", free=True)
     save_raw_checkpoint: bool = knob(
-        False, "Checkpoint", "1 = keep the final float weights as final_model.safetensors", free=True
-    )
+        False, "Checkpoint", "1 = keep the final float weights as final_model.safetensors", free=True)
 
     embed_lr: float = knob(0.6, "Optimiser", "Adam, token embedding when untied")
     head_lr: float = knob(0.008, "Optimiser", "Adam, output head when untied")
@@ -199,8 +183,7 @@ class Config(ExportOptions, ModelShape):
     muon_backend_steps: int = knob(5, "Optimiser", "Newton-Schulz iterations", low=1)
     muon_dtype: str = knob(
         "auto", "Optimiser", "precision of those iterations; auto = the compute dtype (the baseline always takes bfloat16)",
-        choices=("auto", "float32", "bfloat16"),
-    )
+        choices=("auto", "float32", "bfloat16"))
     muon_momentum_warmup_start: float = knob(0.85, "Optimiser", "momentum at step 0")
     muon_momentum_warmup_steps: int = knob(500, "Optimiser", "steps from there to MUON_MOMENTUM; 0 = none")
     beta1: float = knob(0.9, "Optimiser", "Adam")
@@ -212,12 +195,10 @@ class Config(ExportOptions, ModelShape):
 
     calibration_tokens: int = knob(
         0, "Export", "training tokens, inside the training time, from which the export learns what errors cost; 0 = none",
-        free=True,
-    )
+        free=True)
     sensitivity_map: str = knob("", "Export", "file of scripts/sensitivity.py for EXPORT_ALLOCATE=sensitivity", free=True)
     artifact_every: int = knob(
-        0, "Export", "steps between measurements of the artifact's size, beside the training; 0 = none", free=True
-    )
+        0, "Export", "steps between measurements of the artifact's size, beside the training; 0 = none", free=True)
 
     @classmethod
     def parse(cls, env: Mapping[str, str]) -> tuple[Config, list[str]]:
@@ -257,17 +238,18 @@ class Config(ExportOptions, ModelShape):
     def export_options(self) -> ExportOptions:
         return ExportOptions(**{f.name: getattr(self, f.name) for f in fields(ExportOptions)})
 
-    @property
     def tools(self) -> dict[str, str]:
-        own = {f"SENSITIVITY_MAP={self.sensitivity_map}": "sensitivity_map"} if self.sensitivity_map else {}
-        return super().tools | own
+        return super().tools() | {asked: name for wanted, asked, name in (
+            (self.sensitivity_map, f"SENSITIVITY_MAP={self.sensitivity_map}", "sensitivity_map"),
+            (self.artifact_every > 0, f"ARTIFACT_EVERY={self.artifact_every}", "size_gauge"),
+        ) if wanted}
 
     def problems(self) -> list[str]:
         found = range_problems(self, [f for f in fields(self) if f not in (*fields(ModelShape), *fields(ExportOptions))])
         found += [
             f"{name.upper()} must be in [0, 1), got {getattr(self, name)}"
-            for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2") if not 0 <= getattr(self, name) < 1
-        ]
+            for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2")
+            if not 0 <= getattr(self, name) < 1]
         found += self.shape_problems() + self.export_options.problems()
         for given, allocate in (("calibration_tokens", "hessian"), ("sensitivity_map", "sensitivity")):
             if self.export_allocate == allocate and not getattr(self, given):
@@ -304,8 +286,7 @@ class Config(ExportOptions, ModelShape):
         working = [n for n in range(1, self.micro_batches + 1) if self.micro_batches % n == 0]
         return [
             f"WORLD_SIZE={world_size} does not divide the {self.micro_batches} micro-batches of a step; these do:"
-            f" {', '.join(map(str, working))} (MICRO_BATCH_TOKENS={self.micro_batch} sets how many there are)"
-        ]
+            f" {', '.join(map(str, working))} (MICRO_BATCH_TOKENS={self.micro_batch} sets how many there are)"]
 
 
 def parse_knob(f: Field[Any], text: str) -> Any:
@@ -329,8 +310,7 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     families = (
         "ARTIFACT_", "CALIBRATION_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
         "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_",
-        "WARMDOWN_", "WARMUP_",
-    )
+        "WARMDOWN_", "WARMUP_")
     found = []
     for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
@@ -348,7 +328,6 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
 @dataclass
 class Runtime:
     """Where this process computes. `device_problems` first, then `start`; the rest of the file asks it, never torch.cuda."""
-
     device: torch.device
     dtype: torch.dtype           # of the autocast matrix products and of the token embedding
     compiled: bool
@@ -370,8 +349,7 @@ class Runtime:
             compiled={"auto": kind == "cuda"}.get(cfg.enable_torch_compile, cfg.enable_torch_compile == "1"),
             rank=int(env.get("RANK", "0")),
             world_size=int(env.get("WORLD_SIZE", "1")),
-            local_rank=local_rank,
-        )
+            local_rank=local_rank)
 
     def problems(self, cfg: Config) -> list[str]:
         """Why this machine cannot compute as asked."""
@@ -539,8 +517,8 @@ def read_shard(path: Path) -> np.ndarray:
     if size < SHARD_HEADER_BYTES:
         raise DataError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header; {again}")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        wanted = f"{SHARD_MAGIC} version {SHARD_VERSION}"
-        raise DataError(f"{path}: not a token shard, magic {header[0]} version {header[1]}, wanted {wanted}; {again}")
+        raise DataError(f"{path}: not a token shard, magic {header[0]} version {header[1]},"
+                        f" wanted {SHARD_MAGIC} version {SHARD_VERSION}; {again}")
     tokens = int(header[2])
     if tokens < 1 or size != SHARD_HEADER_BYTES + 2 * tokens:
         wanted_bytes = SHARD_HEADER_BYTES + 2 * tokens
@@ -585,8 +563,7 @@ class Tokenizer:
         if self.pieces.piece_to_id("\u2581") == self.pieces.unk_id():
             raise DataError(
                 f"tokenizer {path}: lacks the bare space piece U+2581; a lone space would fall back to its three bytes and"
-                " be counted three times, so val_bpb would be too good; train it with the space character in its vocabulary"
-            )
+                " be counted three times, so val_bpb would be too good; train it with the space character in its vocabulary")
 
     def _read_byte_tokenizer(self, data: bytes) -> int:
         wanted = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_offset": self.BYTE_OFFSET, "byte_count": 256}
@@ -610,9 +587,8 @@ class Tokenizer:
         return self.pieces.decode([int(i) for i in ids])
 
 
-def sample_documents(
-    tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000
-) -> list[np.ndarray]:
+def sample_documents(tokens: np.ndarray, bos_id: int, max_documents: int = 256, max_tokens: int = 400_000
+                     ) -> list[np.ndarray]:
     """The first documents of a token stream without their BOS, the last left out (a cap may cut it) unless it is alone."""
     head = np.asarray(tokens[:max_tokens])
     starts = np.flatnonzero(head == bos_id)
@@ -638,8 +614,7 @@ def check_pairing(data_path: str | Path, tokenizer: Tokenizer, val_tokens: np.nd
         if wanted != tokenizer.sha256:
             raise DataError(
                 f"tokenizer {tokenizer.path} (sha256 {tokenizer.sha256[:16]}) did not make the shards in {data_path}"
-                f" (sha256 {str(wanted)[:16]}); set TOKENIZER_PATH to the one that did"
-            )
+                f" (sha256 {str(wanted)[:16]}); set TOKENIZER_PATH to the one that did")
         return "manifest"
     documents = sample_documents(val_tokens, tokenizer.bos_id)
     if not documents:
@@ -649,8 +624,7 @@ def check_pairing(data_path: str | Path, tokenizer: Tokenizer, val_tokens: np.nd
     if same < 0.99 * len(documents):
         raise DataError(
             f"tokenizer {tokenizer.path} did not make the shards in {data_path}: of {len(documents)} validation documents"
-            f" decoded and encoded again only {same} gave the same ids, wanted 99 %; set TOKENIZER_PATH to the one that did"
-        )
+            f" decoded and encoded again only {same} gave the same ids, wanted 99 %; set TOKENIZER_PATH to the one that did")
     return f"{same}/{len(documents)} documents re-encoded"
 
 
@@ -711,8 +685,7 @@ class Loader:
         if batch.max() >= self.vocab_size:
             raise DataError(
                 f"a training shard holds token {batch.max()}, VOCAB_SIZE={self.vocab_size} allows {self.vocab_size - 1};"
-                " check the data with: python data/prepare.py verify DIR"
-            )
+                " check the data with: python data/prepare.py verify DIR")
         tokens = torch.from_numpy(batch.astype(np.int64))
         return tokens.pin_memory() if self.rt.device.type == "cuda" else tokens
 
@@ -734,7 +707,6 @@ class ByteTable:
     """UTF-8 bytes that a target token adds to the text, by the challenge's rule: a piece's own bytes, and one for a leading
     space unless the token before it is a boundary (control, unknown or unused). Tensors of (vocab_size,).
     """
-
     own: Tensor             # int64, bytes of the piece without its leading space; 0 for boundary tokens
     leading_space: Tensor   # bool
     boundary: Tensor        # bool
@@ -763,19 +735,9 @@ def byte_table(tokenizer: Tokenizer, device: torch.device | str = "cpu") -> Byte
     return ByteTable(*(torch.from_numpy(a).to(device) for a in (own, leading_space, boundary)))
 
 
-def scored_bytes(tokens: np.ndarray, table: ByteTable, chunk: int = 1 << 22) -> int:
-    """Bytes that all targets of a stream add up to (its first token is no target)."""
-    total = 0
-    for start in range(0, tokens.size - 1, chunk):
-        piece = torch.from_numpy(np.asarray(tokens[start:start + chunk + 1]).astype(np.int64))
-        total += int(table.count(piece[:-1], piece[1:]).sum())
-    return total
-
-
 @dataclass(frozen=True)
 class EvalResult:
     """val_loss in nats per token, val_bpb in bits per byte of text."""
-
     val_loss: float
     val_bpb: float
     tokens: int
@@ -815,8 +777,7 @@ def evaluate(
     nats_sum, token_count, byte_count = sums.tolist()
     return EvalResult(
         val_loss=nats_sum / token_count, val_bpb=nats_sum / math.log(2) / byte_count,
-        tokens=int(token_count), bytes=int(byte_count), seconds=time.perf_counter() - t0,
-    )
+        tokens=int(token_count), bytes=int(byte_count), seconds=time.perf_counter() - t0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -909,10 +870,8 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((shape.num_heads,), qk_gain_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = [
-            linear(x).unflatten(-1, (count, -1)).transpose(1, 2)     # (B, count, T, C)
-            for linear, count in ((self.c_q, self.heads), (self.c_k, self.kv_heads), (self.c_v, self.kv_heads))
-        ]
+        sides = (self.c_q, self.heads), (self.c_k, self.kv_heads), (self.c_v, self.kv_heads)
+        heads = [linear(x).unflatten(-1, (count, -1)).transpose(1, 2) for linear, count in sides]    # (B, count, T, C)
         q, k = (rotate(rms_norm(t), cos, sin) for t in heads[:2])
         q = q * self.q_gain.to(q.dtype)[:, None, None]
         y = window_attention(q, k, heads[2], self.window) if self.window else causal_attention(q, k, heads[2])
@@ -1108,8 +1067,7 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.O
         adam([model.tok_emb.weight], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
         *([adam(head, cfg.head_lr)] if head else []),
         Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, muon_dtype, rt),
-        adam(vectors, cfg.scalar_lr),
-    ]
+        adam(vectors, cfg.scalar_lr)]
     grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), "optimiser groups must partition the parameters"
     for optimizer in optimizers:
@@ -1216,11 +1174,7 @@ def read_checkpoint_metadata(path: Path) -> dict[str, Any]:
 
 def checkpoint_digest(tensors: Mapping[str, Tensor], training: Mapping[str, Any]) -> str:
     """BLAKE2b of all that a restored run depends on; safetensors itself has no checksum."""
-    digest = hashlib.blake2b(json.dumps(training, sort_keys=True).encode(), digest_size=16)
-    for name, t in sorted(tensors.items()):
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(tensors, json.dumps(training, sort_keys=True).encode())
 
 
 def checkpoint_to_resume(cfg: Config) -> Path | None:
@@ -1245,8 +1199,7 @@ def resume_problems(cfg: Config) -> list[str]:
     return [
         f"RESUME: {path} was trained with {f.name.upper()}={then.get(f.name)}, now it is {getattr(cfg, f.name)};"
         " set it back or start a new run"
-        for f in fields(cfg) if not f.metadata["free"] and f.name in then and then[f.name] != getattr(cfg, f.name)
-    ]
+        for f in fields(cfg) if not f.metadata["free"] and f.name in then and then[f.name] != getattr(cfg, f.name)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1288,7 +1241,6 @@ class Clock:
 @dataclass(frozen=True)
 class Data:
     """What a run reads: the training ring, all validation tokens, the tokenizer and how it was shown to fit them."""
-
     train: TokenStream
     val: np.ndarray
     tokenizer: Tokenizer
@@ -1298,7 +1250,6 @@ class Data:
 @dataclass
 class Job:
     """Everything one training run owns; `step` counts the updates made."""
-
     cfg: Config
     rt: Runtime
     folder: RunFolder
@@ -1310,7 +1261,7 @@ class Job:
     optimizers: list[torch.optim.Optimizer]
     loader: Loader
     clock: Clock
-    gauge: SizeGauge = field(default_factory=lambda: SizeGauge())
+    gauge: Any                        # measures the artifact under way: ARTIFACT_EVERY; None = nobody does
     step: int = 0
     last_checkpoint: str = "none was written"
     seconds: dict[str, float] = field(default_factory=dict)
@@ -1322,7 +1273,8 @@ class Job:
                             tied_embed_init_std=cfg.tied_embed_init_std)
         compiled = rt.compile(model)
         return cls(cfg, rt, folder, data, byte_table(data.tokenizer, rt.device), model, compiled, rt.wrap(compiled),
-                   build_optimizers(model, cfg, rt), Loader(data.train, cfg, rt), Clock(rt))
+                   build_optimizers(model, cfg, rt), Loader(data.train, cfg, rt), Clock(rt),
+                   tool("size_gauge").SizeGauge() if cfg.artifact_every else None)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -1335,8 +1287,7 @@ class Job:
     def evaluate(self, forward: Callable[..., Tensor], max_tokens: int) -> EvalResult:
         return evaluate(
             lambda x, y: forward(x, y, reduction="none"), self.data.val, self.table, self.rt,
-            seq_len=self.cfg.train_seq_len, batch_tokens=self.cfg.eval_batch_tokens, max_tokens=max_tokens,
-        )
+            seq_len=self.cfg.train_seq_len, batch_tokens=self.cfg.eval_batch_tokens, max_tokens=max_tokens)
 
     def save(self) -> Path:
         """Writes logs/<RUN_ID>/checkpoints/step_NNNNNNNN.safetensors and drops the oldest ones beyond CHECKPOINT_KEEP."""
@@ -1434,8 +1385,7 @@ class LossWatch:
             if not math.isfinite(float(loss)):
                 raise TrainingDiverged(
                     f"train_loss is {float(loss)} at step {step} with the learning rates at {lr:.4g} of their knobs;"
-                    f" last checkpoint: {self.job.last_checkpoint}"
-                )
+                    f" last checkpoint: {self.job.last_checkpoint}")
 
 
 @contextlib.contextmanager
@@ -1471,8 +1421,7 @@ def validate(job: Job) -> EvalResult:
     train_ms = job.clock.total_ms
     job.folder.log(
         f"step:{job.step}/{job.cfg.iterations} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
-        f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(job.step, 1):.2f}ms"
-    )
+        f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(job.step, 1):.2f}ms")
     job.folder.metric(kind="val", step=job.step, val_loss=result.val_loss, val_bpb=result.val_bpb, train_ms=train_ms)
     job.clock.resume()
     return result
@@ -1482,46 +1431,8 @@ def log_step(job: Job, loss: Tensor, lr: float, elapsed_ms: float) -> None:
     mean = float(job.rt.reduce(loss.clone())) / job.rt.world_size
     job.folder.log(
         f"step:{job.step}/{job.cfg.iterations} train_loss:{mean:.4f} "
-        f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / job.step:.2f}ms"
-    )
+        f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / job.step:.2f}ms")
     job.folder.metric(kind="train", step=job.step, train_loss=mean, lr_scale=lr, train_ms=elapsed_ms)
-
-
-class SizeGauge:
-    """Measures the true size of an artifact of the weights under way, in a thread beside the training: ARTIFACT_EVERY. Where
-    the plan needs statistics of the final weights, the uniform plan that fits the cap stands in for it.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="size")
-        self.pending: tuple[int, Future[SizeReport]] | None = None
-
-    def measure(self, job: Job) -> None:
-        if not job.rt.master:
-            return
-        if self.pending is not None and not self.pending[1].done():
-            job.folder.log(f"step:{job.step} artifact size not measured: that of step {self.pending[0]} is still under way")
-            return
-        self.finish(job)
-        options, code = job.cfg.export_options, code_bytes()
-        if options.export_allocate != "uniform":
-            options = replace(options, export_allocate="uniform", cap_policy="fit")
-        state = {name: t.detach().cpu().clone() for name, t in job.model.state_dict().items()}
-        self.pending = job.step, self.pool.submit(
-            lambda: encode_artifact(state, job.meta, options, code_bytes=code).report)
-
-    def finish(self, job: Job) -> None:
-        """Logs the measurement under way, once it is done."""
-        if self.pending is not None:
-            (step, future), self.pending = self.pending, None
-            try:
-                size = future.result()
-            except (ArtifactError, ExportRefused) as error:
-                job.folder.log(f"step:{step} artifact size not measured: {error}")
-                return
-            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{size.total_bytes + code_bytes()} "
-                           f"bits_per_weight:{size.bits_per_weight:.3f} rms_error:{size.rms_error:.5f}")
-            job.folder.metric(kind="artifact", step=step, artifact_bytes=size.total_bytes, rms_error=size.rms_error)
 
 
 def train(job: Job) -> EvalResult:
@@ -1550,7 +1461,7 @@ def train(job: Job) -> EvalResult:
                 log_step(job, loss, lr, elapsed_ms)
             if full:
                 stop_at = job.step
-            if cfg.artifact_every and job.step % cfg.artifact_every == 0:
+            if job.gauge is not None and job.step % cfg.artifact_every == 0:
                 job.gauge.measure(job)
             if signal_number or (cfg.checkpoint_every and job.step % cfg.checkpoint_every == 0):
                 watch.check()
@@ -1558,7 +1469,8 @@ def train(job: Job) -> EvalResult:
                 if signal_number:
                     raise Stopped(signal_number, path)
     job.clock.pause()
-    job.gauge.finish(job)
+    if job.gauge is not None:
+        job.gauge.finish(job)
     if job.step < cfg.iterations:
         job.folder.log(
             f"stopping_early: wallclock_cap train_time:{job.clock.total_ms:.0f}ms step:{job.step}/{cfg.iterations}")
@@ -1655,11 +1567,6 @@ def calibrate(model: GPT, batches: Iterator[Tensor], rt: Runtime, seed: int) -> 
     return calibration.statistics()
 
 
-def calibration_batches(cfg: Config, rt: Runtime) -> int:
-    """Micro-batches that each rank looks at."""
-    return -(-cfg.calibration_tokens // (cfg.micro_batch * rt.world_size))
-
-
 def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
     """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is; at most
     a quarter of the cap, because the first step's pace is not the run's.
@@ -1674,7 +1581,8 @@ def calibrate_job(job: Job) -> Statistics | None:
         return None
     job.clock.resume()
     before = job.clock.total_ms
-    batches = (job.loader.next_batch()[0] for _ in range(calibration_batches(job.cfg, job.rt)))
+    count = -(-job.cfg.calibration_tokens // (job.cfg.micro_batch * job.rt.world_size))     # micro-batches a rank
+    batches = (job.loader.next_batch()[0] for _ in range(count))
     statistics = calibrate(job.model, batches, job.rt, job.cfg.seed)
     job.clock.pause()
     took_ms = job.clock.total_ms - before
@@ -1722,14 +1630,12 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
         f"Serialized model int8+zlib: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
-        f"raw:{raw} ratio:{raw / report.total_bytes:.2f}x)"
-    )
+        f"raw:{raw} ratio:{raw / report.total_bytes:.2f}x)")
     job.folder.log(f"Total submission size int8+zlib: {report.total_bytes + code} bytes")
     if report.floored_share > 0.5:
         job.folder.log(
             f"warning: the step of {report.floored_share:.0%} of the quantised weights sits at INT8_SCALE_FLOOR="
-            f"{cfg.int8_scale_floor:.6g}: size and error then depend on how long the model trained; 0 removes the floor"
-        )
+            f"{cfg.int8_scale_floor:.6g}: size and error then depend on how long the model trained; 0 removes the floor")
     job.seconds["export"] = time.perf_counter() - t0
     return report
 
@@ -1737,8 +1643,7 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
 def load_model(artifact_state: Mapping[str, Tensor], meta: Mapping[str, Any], rt: Runtime) -> GPT:
     """A fresh model with an artifact's weights. Raises ArtifactError when they do not fit together."""
     shape = shape_from_meta(meta)
-    wanted = tensor_shapes(shape)
-    found = {name: tuple(t.shape) for name, t in artifact_state.items()}
+    wanted, found = tensor_shapes(shape), shapes_of(artifact_state)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ArtifactError(f"tensor {name}", 0, found.get(name, "nothing"), wanted.get(name, "nothing"))
@@ -1778,8 +1683,7 @@ def roundtrip(job: Job) -> EvalResult:
     job.seconds["roundtrip"] = result.seconds
     job.folder.log(
         f"final_int8_zlib_roundtrip val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
-        f"eval_time:{1000 * result.seconds:.0f}ms"
-    )
+        f"eval_time:{1000 * result.seconds:.0f}ms")
     job.folder.log(f"final_int8_zlib_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
     return result
 
@@ -1797,8 +1701,7 @@ def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResul
         "cap_bytes": cap, "under_cap": not over, "bits_per_weight": report.bits_per_weight,
         "floored_share": report.floored_share, "rms_error": report.rms_error, "planned_bytes": report.planned_bytes,
         "expected_nats": report.expected_nats, "permutation_gains": report.permutation_gains, "parts": report.parts,
-        "seconds": job.seconds,
-    })
+        "seconds": job.seconds})
     job.folder.log(f"summary: total {total} bytes of {cap or 'no'} cap, outputs in {job.folder.path}")
     if over:
         job.folder.log(f"OVER THE CAP by {total - cap} bytes ({total} > ARTIFACT_CAP_BYTES={cap}): not a valid submission;"
@@ -1862,10 +1765,10 @@ def folder_problems(cfg: Config) -> list[str]:
     return found
 
 
-def read_map(cfg: Config) -> SensitivityMap | None:
-    if not cfg.sensitivity_map:
-        return None
-    return tool("sensitivity_map").read_sensitivity(cfg.sensitivity_map, tensor_shapes(cfg.shape))
+def read_map(cfg: Config) -> Any:
+    """The SensitivityMap of SENSITIVITY_MAP, None without. Raises ArtifactError."""
+    path, shapes = cfg.sensitivity_map, tensor_shapes(cfg.shape)
+    return tool("sensitivity_map").read_sensitivity(path, shapes) if path else None
 
 
 def predicted_size(cfg: Config) -> tuple[str, bool]:
@@ -1880,7 +1783,7 @@ def predicted_size(cfg: Config) -> tuple[str, bool]:
 def export_problems(cfg: Config) -> list[str]:
     """Why there can be no such export: a tool or a map that cannot be used, a size over the cap."""
     found = []
-    for asked, name in (cfg.tools | ({"the size of the code": "packing"} if len(source_files()) > 1 else {})).items():
+    for asked, name in (cfg.tools() | ({"the size of the code": "packing"} if len(source_files()) > 1 else {})).items():
         try:
             tool(name)
         except ExportRefused as error:
@@ -1920,8 +1823,7 @@ def describe(job: Job) -> None:
         "knobs": asdict(cfg) | {"run_id": job.folder.path.name}, "device": job.rt.describe(),
         "code_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source_files()},
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "tokenizer_sha256": data.tokenizer.sha256, "train_tokens": data.train.size, "val_tokens": data.val.size,
-    })
+        "tokenizer_sha256": data.tokenizer.sha256, "train_tokens": data.train.size, "val_tokens": data.val.size})
     log(f"run:{job.folder.path} seed:{cfg.seed} {job.rt.describe()}")
     log(f"tokenizer:{data.tokenizer.path} vocab:{cfg.vocab_size} pairing:{data.pairing}")
     log(f"train_loader:shards:{len(data.train.shards)} tokens:{data.train.size} val_tokens:{data.val.size}")

@@ -120,17 +120,19 @@ if __name__ == "__main__":
     build_parser().parse_args()  # a wrong command line is answered before the two seconds that importing torch takes
 
 sys.path.insert(0, str(DATA_ROOT.parent))
+import torch  # noqa: E402
+
 from train_gpt import (  # noqa: E402
     SHARD_HEADER_BYTES,
     SHARD_MAGIC,
     SHARD_VERSION,
+    ByteTable,
     DataError,
     Tokenizer,
     byte_table,
     check_pairing,
     read_shard,
     read_split,
-    scored_bytes,
     write_atomically,
 )
 
@@ -1009,6 +1011,15 @@ def verify_splits(folder: Path, tokenizer: Tokenizer, promised: dict[str, Any]) 
         f"{folder}: {found[split][key]} {split} {key}, its manifest says {value}"
         for split, counts in promised.items() for key, value in counts.items() if found[split].get(key, value) != value
     ]
+
+
+def scored_bytes(tokens: np.ndarray, table: ByteTable, chunk: int = 1 << 22) -> int:
+    """Bytes that all targets of a stream add up to (its first token is no target)."""
+    total = 0
+    for start in range(0, tokens.size - 1, chunk):
+        piece = torch.from_numpy(np.asarray(tokens[start:start + chunk + 1]).astype(np.int64))
+        total += int(table.count(piece[:-1], piece[1:]).sum())
+    return total
 
 
 def decoded_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:

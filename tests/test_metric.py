@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, TinyData, story, tiny_shape, tokenize, train_sentencepiece
+from prepare import scored_bytes
 from torch import Tensor
 
-from train_gpt import GPT, ByteTable, EvalResult, Runtime, Tokenizer, byte_table, evaluate, read_shard, scored_bytes
+from train_gpt import GPT, ByteTable, EvalResult, Runtime, Tokenizer, byte_table, evaluate, read_shard
 
 AWKWARD_TEXTS = [
     "The silver river, the window and the garden.", " leading space", "double  spaces   inside", "trailing space ", "x",

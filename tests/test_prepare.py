@@ -37,8 +37,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
 
 import prepare  # noqa: E402
 from hub_server import FakeHub  # noqa: E402
+from prepare import scored_bytes  # noqa: E402
 
-from train_gpt import DataError, Tokenizer, byte_table, check_pairing, read_shard, read_split, scored_bytes  # noqa: E402
+from train_gpt import DataError, Tokenizer, byte_table, check_pairing, read_shard, read_split  # noqa: E402
 
 WORDS = ("the", "of", "in", "water", "river", "bridge", "1984", "42", "café", "naïve", "日本", "quickly;", "\n\n")
 
