@@ -1315,8 +1315,8 @@ class Job:
         if training.pop("digest", None) != checkpoint_digest(tensors, training):
             raise CheckpointError(f"checkpoint {path}: damaged, its digest is not that of its contents")
         if training["train_tokens"] != self.data.train.size:
-            found, wanted = self.data.train.size, training["train_tokens"]
-            raise CheckpointError(f"checkpoint {path}: trained on shards of {wanted} tokens, DATA_PATH now holds {found}")
+            raise CheckpointError(f"checkpoint {path}: trained on shards of {training['train_tokens']} tokens,"
+                                  f" DATA_PATH now holds {self.data.train.size}")
         self.model.load_state_dict(
             {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
         restore_optimizers(tensors, self.model, self.optimizers)

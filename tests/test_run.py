@@ -628,6 +628,36 @@ def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tm
     found = json.loads((folder / "logs" / "run" / "summary.json").read_text())
     assert found["code_bytes"] == len(packed.encode()) == (folder / "train_gpt.py").stat().st_size
     assert found["roundtrip"] is not None
+    assert "predicted: no size, a packed file runs without scripts/prediction.py\n" in done.stdout
+
+
+NEEDS_A_TOOL = {    # knobs -> what each of them asks for
+    "INT8_RESIDUAL_RANK": ("1", "int8_plan"), "EXPORT_PERMUTE": ("mlp", "symmetries"), "EXPORT_ROTATE": ("1", "symmetries"),
+    "EXPORT_ALLOCATE": ("hessian", "int8_plan"), "CAP_POLICY": ("fit", "int8_plan"),
+    "SENSITIVITY_MAP": ("m", "sensitivity_map"), "ARTIFACT_EVERY": ("2", "size_gauge"),
+}
+
+
+def test_a_packed_file_refuses_what_needs_scripts_before_any_work(env, tmp_path, monkeypatch, capsys):
+    for module in (train_gpt, export):      # in a packed file both have its path
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "packed.py"))
+    env |= {knob: value for knob, (value, _) in NEEDS_A_TOOL.items()} | {"CALIBRATION_TOKENS": "512"}
+    assert train_gpt.main(env) == 2
+    assert not outputs(env).exists()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(NEEDS_A_TOOL)
+    for knob, (value, tool) in NEEDS_A_TOOL.items():
+        start = f"error: {knob}={value}: this option needs scripts/{tool}.py beside export.py, found no {tmp_path}/"
+        assert any(line.startswith(start) for line in said), (knob, said)
+
+
+def test_two_files_without_scripts_are_told_apart_from_a_packed_one(env, tmp_path, monkeypatch, capsys):
+    """The size of their code could not be counted at the end."""
+    monkeypatch.setattr(export, "__file__", str(tmp_path / "export.py"))
+    assert train_gpt.main(env) == 2
+    assert "the size of the code: this option needs scripts/packing.py" in capsys.readouterr().err
+    with pytest.raises(export.ExportRefused, match=r"needs scripts/packing\.py beside export\.py, found no"):
+        export.tool("packing")
 
 
 # --- on a GPU (skipped without one) ---------------------------------------------------------------------------------------
