@@ -122,7 +122,7 @@ class ArtifactError(ValueError):
 
 
 class ExportRefused(ValueError):
-    """The options cannot be carried out on these weights."""
+    """The options cannot be carried out, on these weights or without the tools of a checkout."""
 
 
 def require(holds: bool | np.bool_, field: str, offset: int | None, found: object, expected: object) -> None:

@@ -13,7 +13,6 @@ weights with `export.py`, reads the artifact back from disk into a fresh model, 
 All its outputs lie in logs/<RUN_ID>/. Exit codes: 0 success, 1 the run failed, 2 the configuration is wrong (nothing was
 done), 3 the run finished and was saved but its artifact is over the cap, 130/143 stopped by a signal after a checkpoint.
 """
-
 from __future__ import annotations
 
 import contextlib
@@ -348,8 +347,7 @@ class Runtime:
             dtype=dtype or getattr(torch, cfg.compute_dtype),
             compiled={"auto": kind == "cuda"}.get(cfg.enable_torch_compile, cfg.enable_torch_compile == "1"),
             rank=int(env.get("RANK", "0")),
-            world_size=int(env.get("WORLD_SIZE", "1")),
-            local_rank=local_rank)
+            world_size=int(env.get("WORLD_SIZE", "1")), local_rank=local_rank)
 
     def problems(self, cfg: Config) -> list[str]:
         """Why this machine cannot compute as asked."""

@@ -1,4 +1,4 @@
-"""Plan, quantiser, size prediction, checkpoints, code packing and the command line of export.py.
+"""Plan, quantiser, size prediction, checkpoints, code packing and the command line of export.py, and the tools of those.
 
 Guarantees: the plan follows the baseline's rule in one deterministic order; codes and scales equal a slow plain
 quantiser's, are off by at most half a step, and scale with the weights; predicted sizes of trained models are within 1 %;
