@@ -70,8 +70,10 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -99,12 +101,15 @@ MAX_CODE = 127
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "uint8": 1, "int8": 1, "int16": 2, "int32": 4,
           "int64": 8, "bool": 1}        # name -> bytes; the order is the file's enumeration, as in the next five lines
 FLOATS = ("float32", "float16", "bfloat16", "float64")
-CODECS = ("int", "f16", "f32", "raw")
+CODECS = ("int", "f16", "f32", "raw", "grid")
 AXES = ("row", "col", "both")
 LAYOUTS = ("rows", "cols", "rows_by_scale", "cols_by_scale")
 KEPT = ("none", "rows", "cols", "entries")
 FACTORS = ("f16", "int8", "lqer")
-STREAM_TYPES = {"codes": "i1", "scales": "<f2", "f16": "<f2", "f32": "<f4", "raw": "u1", "factors": "u1", "index": "<u4"}
+STREAM_TYPES = {"codes": "i1", "scales": "<f2", "f16": "<f2", "f32": "<f4", "raw": "u1", "factors": "u1", "index": "<u4",
+                "row_steps": "<i2", "col_steps": "<i2", "row_sizes": "<i2"}
+
+GRID_STREAMS = ("row_steps", "col_steps", "row_sizes")
 
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight")   # substrings; these stay fp32
 EMBED_NAMES = ("tok_emb.weight", "lm_head.weight")
@@ -167,6 +172,11 @@ def range_problems(values: Any, knobs: Iterable[Field[Any]]) -> list[str]:
     return found
 
 
+RD_ONLY = ("export_bits", "tcq_states", "tcq_lambda")          # fields that one scheme alone has
+ANY_SCHEME = ("export_scheme", "artifact_cap_bytes", "cap_policy")
+FINEST_BITS = 9.0       # a weight; beyond, rd spends no more
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What the exporter may choose; the field `int8_axis_mode` is the knob INT8_AXIS_MODE."""
@@ -204,6 +214,15 @@ class ExportOptions:
         "uniform", "Export", "who sets each tensor's steps: uniform = the knobs above; hessian, sensitivity = the least"
         " expected loss that fits ARTIFACT_CAP_BYTES, from CALIBRATION_TOKENS or a map of scripts/sensitivity.py",
         choices=("uniform", "hessian", "sensitivity"), free=True)
+    export_scheme: str = knob(
+        "int8_zlib", "Export", "rd = rate-distortion: second-order quantisation on a trellis grid and its own entropy coder;"
+        " needs CALIBRATION_TOKENS", choices=("int8_zlib", "rd"), free=True)
+    export_bits: float = knob(
+        0.0, "Export", "rd: bits a weight that the artifact may take; 0 = as many as fit ARTIFACT_CAP_BYTES", free=True)
+    tcq_states: int = knob(
+        64, "Export", "rd: states of the trellis: 0 = none, 4, 8, ..., 256; more take fewer bits and longer", free=True)
+    tcq_lambda: float = knob(
+        0.15, "Export", "rd: squared error, in steps, that saving a bit is worth", free=True)
     artifact_cap_bytes: int = knob(16_000_000, "Export", "artifact plus packed code, decimal bytes; 0 = no cap", free=True)
     cap_policy: str = knob(
         "refuse", "Export", "a run predicted over the cap is refused or warned of; fit = the export chooses its steps so"
@@ -219,7 +238,16 @@ class ExportOptions:
                   for name in ("weight_quantization_bits", "embed_quantization_bits") if getattr(self, name) not in widths]
         chosen = ("int8_axis_mode", "int8_clip_sigmas", "weight_quantization_bits", "embed_quantization_bits")
         unused = [f.name.upper() for f in knobs if f.name in chosen and getattr(self, f.name) != f.default]
+        rd = self.export_scheme == "rd"
+        foreign = [f.name.upper() for f in knobs if (f.name in RD_ONLY) != rd and f.name not in ANY_SCHEME
+                   and getattr(self, f.name) != f.default]
         return found + [text for wrong, text in (
+            (bool(foreign), f"EXPORT_SCHEME={self.export_scheme} has no use for {', '.join(foreign)}; unset one of them"),
+            (self.tcq_states not in (0, *TRELLISES),
+             f"TCQ_STATES must be 0, {', '.join(map(str, TRELLISES))}, got {self.tcq_states}"),
+            (rd and self.export_bits == 0 and self.artifact_cap_bytes == 0,
+             "EXPORT_SCHEME=rd needs EXPORT_BITS or ARTIFACT_CAP_BYTES above 0"),
+            (self.export_bits > FINEST_BITS, f"EXPORT_BITS must be at most {FINEST_BITS:g}, got {self.export_bits:g}"),
             (self.int8_scale_floor > 1, f"INT8_SCALE_FLOOR must be in 0..1, got {self.int8_scale_floor}"),
             (self.int8_residual_rank > MAX_RANK,
              f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
@@ -232,7 +260,7 @@ class ExportOptions:
     @property
     def solves(self) -> bool:
         """The export fits itself to the cap."""
-        return self.cap_policy == "fit" or self.export_allocate != "uniform"
+        return self.cap_policy == "fit" or self.export_allocate != "uniform" or self.export_scheme == "rd"
 
     def tools(self) -> dict[str, str]:
         """What is asked beyond the uniform plan -> the module of scripts/ that does it."""
@@ -241,7 +269,7 @@ class ExportOptions:
             (self.export_permute != "off", f"EXPORT_PERMUTE={self.export_permute}", "symmetries"),
             (self.export_rotate, "EXPORT_ROTATE=1", "symmetries"),
             (self.export_allocate != "uniform", f"EXPORT_ALLOCATE={self.export_allocate}", "int8_plan"),
-            (self.cap_policy == "fit", "CAP_POLICY=fit", "int8_plan"),
+            (self.cap_policy == "fit" and self.export_scheme != "rd", "CAP_POLICY=fit", "int8_plan"),
         ) if wanted}
 
     @property
@@ -268,6 +296,7 @@ class PlanRow:
     kept_count: int = 0     # rows, columns or entries of it
     rank: int = 0           # of the correction that is added to an int matrix
     factors: str = "f16"    # how the correction is stored
+    states: int = 0         # of the trellis of a grid matrix; 0 = none
 
     @property
     def numel(self) -> int:
@@ -287,6 +316,8 @@ class PlanRow:
     @property
     def counts(self) -> dict[str, int]:
         """Kind of stream -> how many of its values this tensor takes."""
+        if self.codec == "grid":
+            return {"row_steps": self.shape[0] + 1, "col_steps": self.shape[1] + 1, "row_sizes": self.shape[0] + 1}
         if self.codec != "int":
             return {self.codec: self.numel * (DTYPES[self.dtype] if self.codec == "raw" else 1)}
         counts = {"codes": self.numel, "scales": sum(self.scale_counts)}
@@ -301,7 +332,7 @@ class PlanRow:
     def raw_bytes(self) -> int:
         """What this tensor takes in memory, as stored or as restored, whichever is more."""
         stored = sum(n * np.dtype(STREAM_TYPES[kind]).itemsize for kind, n in self.counts.items())
-        return max(stored, self.numel * DTYPES[self.dtype])
+        return max(stored, self.numel * max(DTYPES[self.dtype], 4 * (self.codec == "grid")))
 
 
 def factor_counts(row: PlanRow) -> dict[str, int]:
@@ -397,9 +428,10 @@ def stream_of(kind: str, row: PlanRow) -> str:
 def stream_counts(plan: Sequence[PlanRow]) -> dict[str, int]:
     """Stream -> number of values, in the order of the file."""
     counts = {stream_of("codes", row): row.numel for row in plan if row.codec == "int"}
-    for kind in ("scales", "f16", "f32", "raw", "factors", "index"):
+    grid = any(row.codec == "grid" for row in plan)
+    for kind in ("scales", "f16", "f32", "raw", "factors", "index", *(GRID_STREAMS if grid else ())):
         counts[kind] = sum(row.counts.get(kind, 0) for row in plan)
-    return counts
+    return counts | ({"positions": 0} if grid else {})      # whose length only its decoder knows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -500,6 +532,9 @@ def restore(row: PlanRow, values: Mapping[str, np.ndarray]) -> Tensor:
     """The tensor that a reader gets; the writer takes its error figures from here too."""
     if row.codec == "raw":
         return torch.from_numpy(np.frombuffer(values["raw"].tobytes(), row.dtype).copy()).view(row.shape)
+    if row.codec == "grid":
+        value = grid_values(values["positions"].reshape(row.shape), values["row_steps"], values["col_steps"])
+        return torch.from_numpy(value).to(getattr(torch, row.dtype))
     parts = {kind: torch.from_numpy(np.ascontiguousarray(array)) for kind, array in values.items() if kind != "index"}
     if row.codec != "int":
         return parts[row.codec].view(row.shape).to(getattr(torch, row.dtype))
@@ -755,6 +790,591 @@ def inflate(coded: bytes, raw_bytes: int, field: str, offset: int) -> bytes:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Trellis grid: weights on every second point of a grid, which points being the business of a state machine.
+# ----------------------------------------------------------------------------------------------------------------------
+
+OCTAVE = 32             # exponents of steps and sizes count 1/32 octaves
+MAX_EXPONENT = 32 * OCTAVE
+TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 128: (0o235, 0o126),
+             256: (0o515, 0o362)}       # states -> parity checks (h0, h1) (Ungerboeck 1982, table I, one dimension)
+
+
+@lru_cache(maxsize=4096)
+def power(exponent: int) -> int:
+    """floor(2^(exponent / OCTAVE)) for exponents of at least 0, in integers: the same on every machine."""
+    root = 1 << exponent
+    for _ in range(OCTAVE.bit_length() - 1):
+        root = math.isqrt(root)
+    return root
+
+
+def steps(exponents: np.ndarray) -> np.ndarray:
+    """2^(exponents / OCTAVE) as fp32, the mantissa rounded down."""
+    mantissas = np.array([power(23 * OCTAVE + k) for k in range(OCTAVE)], np.float32)   # integers below 2^24
+    return np.ldexp(mantissas[exponents % OCTAVE], exponents // OCTAVE - 23)
+
+
+@lru_cache(maxsize=16)
+def trellis(states: int) -> np.ndarray:
+    """Next states (states, 2) by state and by the second bit of the position. A state's lowest bit is the parity that the
+    position must have (union quantiser; Marcellin & Fischer 1990, section V); without a trellis there is one state.
+    """
+    following = np.zeros((max(states, 1), 2), np.int64)
+    h0, h1 = TRELLISES.get(states, (0, 0))
+    for state in range(states):
+        for bit in (0, 1):
+            following[state, bit] = (state >> 1) ^ (h0 >> 1) * (state & 1) ^ (h1 >> 1) * bit
+    return following
+
+
+def grid_values(positions: np.ndarray, row_steps: np.ndarray, col_steps: np.ndarray) -> np.ndarray:
+    """Positions (rows, cols) x 2^((row step + column step) / OCTAVE), one rounding each, fp32."""
+    low = int(row_steps.min()) + int(col_steps.min())
+    table = steps(np.arange(low, int(row_steps.max()) + int(col_steps.max()) + 1))
+    return positions.astype(np.float32) * table[row_steps[:, None].astype(np.int64) + col_steps - low]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Symbol coder: adaptive integer tables by expected magnitude, interleaved rANS. Nothing in it is a float.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SCALE_BITS = 16                         # shares of a table add up to 2^16
+LANE_LOW, WORD_BITS = 2**24, 16         # a lane's state is in [2^24, 2^40) and moves 16 bits at a time
+STATE_BYTES = 5
+REACH = 63                              # symbols are -63..63 and the escape
+SYMBOLS, ESCAPE = 2 * REACH + 2, 2 * REACH + 1
+ESCAPE_SHARE, ESCAPED_BITS = 4, 16
+BUCKETS, LOWEST_OCTAVE = 80, -6         # four to an octave of the expected |position|; the first is at 2^-6
+FIXED_ONE = 16 * OCTAVE                 # log2 of 1.0 in the column's running means
+PRIOR_ROWS = 8                          # rows that the expectation before the first one weighs
+COUNT = 64                              # what one symbol adds to a count
+PRIOR_COUNT = 16                        # symbols that a context's table weighs before it has seen any
+MAX_CODE_GRID = 2**(ESCAPED_BITS - 1) - 1
+
+
+def shifts(doubled: int) -> np.ndarray:
+    """(BUCKETS,) low bits that are coded as they are: what is left is expected at 4..8."""
+    octave = np.arange(BUCKETS) // 4 + LOWEST_OCTAVE - doubled
+    return np.maximum(octave - 2, 0)
+
+
+class SymbolModel:
+    """Counts of symbols by context (2 x bucket + parity), and the shares that coder and decoder derive from them."""
+
+    def __init__(self, doubled: int):
+        self.doubled = doubled          # 1: a position is 2 x code + parity
+        self.counts = np.array([prior(bucket, parity, doubled) for bucket in range(BUCKETS) for parity in (0, 1)])
+        self.waiting: list[np.ndarray] = []
+        self.fresh, self.seen = 0, 0
+        self.refresh()
+
+    def observe(self, flat: np.ndarray) -> None:
+        """Counts symbols, given as context x SYMBOLS + symbol; they take effect at the next refresh."""
+        self.waiting.append(flat)
+        self.fresh += flat.size
+        if self.fresh >= max(4096, self.seen // 8):
+            self.counts += COUNT * np.bincount(np.concatenate(self.waiting), minlength=self.counts.size).reshape(
+                self.counts.shape)
+            self.seen, self.fresh, self.waiting = self.seen + self.fresh, 0, []
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Shares of 2^16; a symbol without one takes the escape, which always has some."""
+        share = self.counts * (2**SCALE_BITS - ESCAPE_SHARE) // self.counts.sum(1, keepdims=True)
+        share[:, ESCAPE] = ESCAPE_SHARE
+        share[np.arange(len(share)), share.argmax(1)] += 2**SCALE_BITS - share.sum(1)
+        self.share = share.reshape(-1)
+        self.start = (share.cumsum(1) - share).reshape(-1)
+        self.by_slot: np.ndarray | None = None
+
+    def symbols(self, contexts: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """The symbol whose share holds the slot."""
+        if self.by_slot is None:
+            self.by_slot = np.repeat(np.tile(np.arange(SYMBOLS, dtype=np.uint8), len(self.counts)), self.share)
+        return self.by_slot[(contexts << SCALE_BITS) + slots]
+
+    def prices(self) -> np.ndarray:
+        """(BUCKETS, 2, SYMBOLS) bits of each symbol with its raw ones; float64, for the quantiser."""
+        share = self.share.reshape(BUCKETS, 2, SYMBOLS)
+        bits = SCALE_BITS - np.log2(np.maximum(share, 1)) + shifts(self.doubled)[:, None, None]
+        escape = SCALE_BITS - np.log2(share[:, :, ESCAPE:]) + ESCAPED_BITS
+        return np.where((share > 0) & (np.arange(SYMBOLS) != ESCAPE), bits, escape)
+
+
+def prior(bucket: int, parity: int, doubled: int) -> list[int]:
+    """Counts before any symbol, PRIOR_COUNT in all: geometric in |position| with the bucket's mean."""
+    kept_bits = int(shifts(doubled)[bucket])
+    mean = power((bucket * 2 + 1) * OCTAVE // 8 + LOWEST_OCTAVE * OCTAVE + FIXED_ONE) >> kept_bits
+    fall, weight, by_size = (mean << 16) // (mean + 2**16), 2**40, []
+    for _ in range(2 * REACH + 2):
+        by_size.append(weight)
+        weight = weight * fall >> 16
+    shape = [by_size[abs((t << doubled) + parity * doubled)] for t in range(-REACH, REACH + 1)]
+    return [PRIOR_COUNT * COUNT * w // sum(shape) for w in shape] + [0]
+
+
+Exchange = Callable[[int, SymbolModel, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def walk(group: Sequence[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]], model: SymbolModel, exchange: Exchange
+         ) -> None:
+    """Goes through matrices with equally many rows side by side, row after row, as encoder and decoder both do. A weight's
+    context is its expected |position|: 2^((row size - column step) / OCTAVE) x the mean so far of the column, in units of
+    that; and the parity that the trellis demands. `exchange` gets (row, model, contexts, raw bits, parities) and returns
+    the positions.
+    """
+    widths = [row.shape[1] for row in group]
+    sizes = np.stack([values[row.name]["row_sizes"] for row in group], 1).astype(np.int64)
+    col_steps = np.concatenate([values[row.name]["col_steps"] for row in group]).astype(np.int64)
+    following, raw_bits, doubled = trellis(group[0].states), shifts(model.doubled), model.doubled
+    levels = np.array([power(k) for k in range(0, 48 * OCTAVE, 4)])
+    weight = np.array([power(FIXED_ONE - k) for k in range(-FIXED_ONE, FIXED_ONE + 1)])
+    state, learned = np.zeros(len(col_steps), np.int64), np.zeros(len(col_steps), np.int64)
+    sums = np.full(len(col_steps), PRIOR_ROWS << 16)
+    for i in range(len(sizes)):
+        level = np.clip(np.repeat(sizes[i], widths) - col_steps, -FIXED_ONE, FIXED_ONE)
+        if i < 32 or i % 8 == 0:        # the means move slowly, and this is most of the work
+            learned = 4 * np.searchsorted(levels, sums // (PRIOR_ROWS + i), side="right") - FIXED_ONE
+        buckets = np.clip((level + learned - LOWEST_OCTAVE * OCTAVE) // (OCTAVE // 4), 0, BUCKETS - 1)
+        parity = state & doubled
+        positions = exchange(i, model, 2 * buckets + parity, raw_bits[buckets], parity)
+        state = following[state, (positions >> doubled) & 1]
+        sums += np.abs(positions) * weight[level + FIXED_ONE]
+
+
+def split_codes(codes: np.ndarray, raw_bits: np.ndarray) -> np.ndarray:
+    """Symbols of integers whose lowest raw_bits are coded apart."""
+    high = codes >> raw_bits
+    return np.where(np.abs(high) <= REACH, high + REACH, ESCAPE)
+
+
+def groups_of(plan: Iterable[PlanRow]) -> list[list[PlanRow]]:
+    """The matrices of the trellis grid, those with equally many rows together."""
+    found: dict[int, list[PlanRow]] = {}
+    for row in plan:
+        if row.codec == "grid":
+            found.setdefault(row.shape[0], []).append(row)
+    return list(found.values())
+
+
+def coder_operations(plan: Iterable[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]]
+                     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], SymbolModel]:
+    """((shares, starts) of all symbols and raw bits in the order of the decoder, the model after the last)."""
+    groups, operations = groups_of(plan), []
+    model = SymbolModel(int(groups[0][0].states > 0))
+    for group in groups:
+        wide = np.concatenate([values[row.name]["positions"].reshape(row.shape) for row in group], 1).astype(np.int64)
+
+        def take(i: int, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, _parity: np.ndarray,
+                 wide: np.ndarray = wide) -> np.ndarray:
+            codes = wide[i] >> model.doubled
+            symbols = split_codes(codes, raw_bits)
+            seen = contexts * SYMBOLS + symbols
+            escaped = (symbols == ESCAPE) | (model.share[seen] == 0)
+            flat = np.where(escaped, contexts * SYMBOLS + ESCAPE, seen)
+            operations.append((model.share[flat].astype(np.uint32), model.start[flat].astype(np.uint32)))
+            bits = np.where(escaped, ESCAPED_BITS, raw_bits)
+            if bits.any():
+                low = (codes & ((1 << bits) - 1)) << (SCALE_BITS - bits)
+                operations.append(((1 << (SCALE_BITS - bits)).astype(np.uint32), low.astype(np.uint32)))
+            model.observe(seen)
+            return wide[i]
+
+        walk(group, values, model, take)
+    return operations, model
+
+
+def decode_positions(plan: Iterable[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]], body: bytes, offset: int
+                     ) -> dict[str, np.ndarray]:
+    """Positions (rows x cols,) of each matrix on the trellis grid."""
+    groups, found = groups_of(plan), {}
+    if not groups:
+        return found
+    model, reader = SymbolModel(int(groups[0][0].states > 0)), RansReader(body, offset)
+    for group in groups:
+        wide = np.zeros((group[0].shape[0], sum(row.shape[1] for row in group)), np.int32)
+
+        def give(i: int, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
+                 wide: np.ndarray = wide) -> np.ndarray:
+            symbols = reader.symbols(model, contexts)
+            escaped = symbols == ESCAPE
+            bits = np.where(escaped, ESCAPED_BITS, raw_bits)
+            codes = np.where(escaped, 0, symbols - REACH) << np.where(escaped, 0, raw_bits)
+            if bits.any():
+                low = reader.raw(bits)
+                codes = np.where(escaped, low - ((low >> (ESCAPED_BITS - 1)) << ESCAPED_BITS), codes + low)
+                symbols = np.where(escaped, split_codes(codes, raw_bits), symbols)
+            model.observe(contexts * SYMBOLS + symbols)
+            wide[i] = positions = (codes << model.doubled) + parity
+            return positions
+
+        walk(group, values, model, give)
+        columns = np.cumsum([row.shape[1] for row in group])[:-1]
+        found |= {row.name: part.reshape(-1) for row, part in zip(group, np.split(wide, columns, 1), strict=True)}
+    reader.finish()
+    return found
+
+
+def lanes_of(symbols: int) -> int:
+    """How many states are coded side by side: each takes three bytes that say nothing."""
+    return 2 ** min(max(round(math.log2(max(symbols, 1) / 2**15)), 3), 10)
+
+
+def rans_encode(operations: Sequence[tuple[np.ndarray, np.ndarray]]) -> bytes:
+    """Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540, section 3.3), interleaved: the k-th of an operation's
+    (shares, starts) of 2^16 goes to lane k modulo the lanes. One byte for log2 of the lanes, their states, then words of
+    two bytes in the order in which the decoder wants them.
+    """
+    lanes = lanes_of(sum(share.size for share, _ in operations))
+    states, words = np.full(lanes, LANE_LOW, np.uint64), []
+    for shares, starts in reversed(operations):
+        for at in reversed(range(0, shares.size, lanes)):
+            share, start = shares[at:at + lanes].astype(np.uint64), starts[at:at + lanes].astype(np.uint64)
+            x = states[:share.size]
+            full = x >= share << np.uint64(24)
+            words.append(x[full].astype("<u2"))
+            x = np.where(full, x >> np.uint64(WORD_BITS), x)
+            quotient = x // share
+            states[:share.size] = (quotient << np.uint64(SCALE_BITS)) + (x - quotient * share) + start
+    head = states.astype("<u8").view("u1").reshape(lanes, 8)[:, :STATE_BYTES]
+    tail = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
+    return bytes([lanes.bit_length() - 1]) + head.tobytes() + tail.tobytes()
+
+
+class RansReader:
+    """The reverse of `rans_encode`; whatever the bytes are, it ends or raises ArtifactError."""
+
+    def __init__(self, body: bytes, offset: int):
+        self.offset = offset
+        log_lanes = body[0] if body else -1
+        require(3 <= log_lanes <= 10, "positions.lanes", offset, log_lanes, "3..10")
+        self.lanes = 2**log_lanes
+        start = 1 + STATE_BYTES * self.lanes
+        sound = len(body) >= start and (len(body) - start) % 2 == 0
+        require(sound, "positions", offset, f"{len(body)} bytes", f"{start} and then words of two")
+        head = np.zeros((self.lanes, 8), np.uint8)
+        head[:, :STATE_BYTES] = np.frombuffer(body[1:start], np.uint8).reshape(self.lanes, STATE_BYTES)
+        self.states = head.view("<i8").reshape(-1).astype(np.int64)
+        self.words, self.at = np.frombuffer(body[start:], "<u2").astype(np.int64), 0
+        require((self.states >= LANE_LOW).all(), "positions.states", offset + 1, int(self.states.min()), f">= {LANE_LOW}")
+
+    def advance(self, share: np.ndarray, start: np.ndarray) -> None:
+        x = self.states[:share.size]
+        x = share * (x >> SCALE_BITS) + (x & (2**SCALE_BITS - 1)) - start
+        low = np.flatnonzero(x < LANE_LOW)
+        end = self.at + low.size
+        require(end <= self.words.size, "positions", self.offset, f"{self.words.size} words", "more")
+        x[low] = x[low] << WORD_BITS | self.words[self.at:end]
+        self.states[:share.size], self.at = x, end
+
+    def symbols(self, model: SymbolModel, contexts: np.ndarray) -> np.ndarray:
+        found = np.empty(contexts.size, np.int64)
+        for at in range(0, contexts.size, self.lanes):
+            own = contexts[at:at + self.lanes]
+            symbols = model.symbols(own, self.states[:own.size] & (2**SCALE_BITS - 1))
+            flat = own * SYMBOLS + symbols
+            self.advance(model.share[flat], model.start[flat])
+            found[at:at + self.lanes] = symbols
+        return found
+
+    def raw(self, bits: np.ndarray) -> np.ndarray:
+        """Integers of so many bits each."""
+        found = np.empty(bits.size, np.int64)
+        for at in range(0, bits.size, self.lanes):
+            rest = SCALE_BITS - bits[at:at + self.lanes]
+            value = (self.states[:rest.size] & (2**SCALE_BITS - 1)) >> rest
+            self.advance(1 << rest, value << rest)
+            found[at:at + self.lanes] = value
+        return found
+
+    def finish(self) -> None:
+        done = self.at == self.words.size and (self.states == LANE_LOW).all()
+        require(done, "positions", self.offset, f"{self.words.size - self.at} words left or states that do not end",
+                "a stream that ends with its last position")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rate-distortion export: water-filled steps, error feedback, trellis search, one dial for the size.
+# ----------------------------------------------------------------------------------------------------------------------
+
+GRID_DAMPING = 0.02     # of the mean cost of a weight's own size, added to each row's and each column's
+FEEDBACK_BLOCK = 64     # columns between two updates of all the columns to come
+MAX_AIM = 2**15 - 2     # steps; what the escape can say
+GAUSS_RATE = 13.0       # a rate of 0.5 log2(1 + 13 (sigma / step)^2) bits is 1.85 + log2(sigma / step) at high resolution
+RD_WINDOW_BYTES, MAX_DIALS = 2000, 8
+COL_TABLE, ROW_TABLE = 4, 8             # column steps are multiples of 1/8 octave, row steps and sizes of 1/4
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What errors of one matrix (out, in) cost, as one Kronecker product: 0.5 * sum_i rows[i] (e moment e^T)_ii nats."""
+    rows: np.ndarray        # (out,) float64
+    moment: np.ndarray      # (in, in) float64
+
+
+def curvature(w: np.ndarray, terms: Sequence[Term]) -> Curvature:
+    """All uses of a matrix in one product with their margins, damped so that no error larger than the weights themselves is
+    free. The damping is in units of each row's and column's own size: scaling one and its cost changes nothing else.
+    """
+    rows, moment, total = np.zeros(w.shape[0]), np.zeros((w.shape[1], w.shape[1])), 0.0
+    for term in terms:
+        inner, outer = term.moment.double().numpy(), term.rows.double().numpy()
+        first, second = (np.diag(inner), np.diag(outer)) if term.transposed else (outer, inner)
+        rows, moment = rows + first * np.trace(second), moment + second * first.sum()
+        total += first.sum() * np.trace(second)
+    rows, tiny = rows / max(total, 1e-300), 1e-30
+    size = np.maximum((w * w).mean(1), tiny * max(float((w * w).mean()), tiny))
+    rows = rows + GRID_DAMPING * (rows * size).mean() / size
+    size = np.maximum((w * w * rows[:, None]).mean(0), tiny * max(float((w * w * rows[:, None]).mean()), tiny))
+    cost = np.diag(moment) * size
+    return Curvature(rows, moment + np.diag((GRID_DAMPING * cost.mean() + 1e-9 * cost) / size))
+
+
+@dataclass
+class Prepared:
+    """One matrix before its dial is set. Columns stand in the order of quantisation, those of most energy first."""
+    name: str
+    columns: np.ndarray     # (in, out) float64: the matrix, transposed
+    feedback: np.ndarray    # (in, in) strictly upper: what an error in column j adds to the target of column l
+    order: np.ndarray       # (in,) which column of the matrix stands where
+    row_steps: np.ndarray   # (out,) exponents
+    log_steps: np.ndarray   # (in,) log2 of the columns' steps at dial 0
+    log_sizes: np.ndarray   # (in,) log2 of the columns' rms, in row steps
+    costs: np.ndarray       # (in,) squared Cholesky diagonal
+
+    @property
+    def gain_bits(self) -> float:
+        """Bits a weight that steps by column save against one step: 0.5 log2 of arithmetic over geometric mean of the
+        squared Cholesky diagonal (WaterSIC: Lifar et al. 2026, arXiv 2603.04956).
+        """
+        return 0.5 * (math.log2(self.costs.mean()) - float(np.log2(self.costs).mean()))
+
+
+def prepare(name: str, w: Tensor, terms: Sequence[Term]) -> Prepared:
+    """Water-filling: with moment = M M^T, M upper triangular, the loss after optimal feedback is the sum of
+    rows[i] M_jj^2 e_ij^2, so every weight's step is the dial / (sqrt(rows[i]) M_jj) (reverse water-filling over the
+    conditional variances; GPTQ's recursion, arXiv 2210.17323, in the Cholesky form of arXiv 2603.04956, section 4).
+    """
+    matrix = w.double().numpy()
+    cost = curvature(matrix, terms)
+    order = np.argsort(-np.diag(cost.moment), kind="stable")
+    factor = np.linalg.cholesky(cost.moment[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
+    diagonal = np.diag(factor).copy()
+    row_log = -0.5 * np.log2(cost.rows)
+    middle = float(np.median(row_log))
+    row_steps = ROW_TABLE * np.rint((row_log - middle) * OCTAVE / ROW_TABLE)
+    columns = np.ascontiguousarray(matrix.T[order])
+    sizes = 0.5 * np.log2(np.maximum(np.square(columns / np.exp2(row_steps / OCTAVE)).mean(1), 1e-30))
+    return Prepared(name, columns, np.triu(factor / diagonal, 1), order, row_steps.astype(np.int64),
+                    middle - np.log2(diagonal), sizes, diagonal**2)
+
+
+def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.ndarray) -> dict[str, np.ndarray]:
+    """The matrix's values for the file: positions, steps, and the sizes of rows that the coder's contexts start from."""
+    half = 1.0 if states else 0.0       # a trellis has a grid of twice the density
+    col_steps = (COL_TABLE * np.rint((p.log_steps + dial - half) * OCTAVE / COL_TABLE)).astype(np.int64)
+    col_steps = col_steps.clip(-MAX_EXPONENT, MAX_EXPONENT)
+    step_rows, step_cols = (steps(e).astype(np.float64) for e in (p.row_steps, col_steps))
+    expected = np.abs(p.columns).mean(0) / step_rows, np.abs(p.columns).mean(1) / step_cols
+    mean = max(float((np.abs(p.columns) / step_cols[:, None] / step_rows).mean()), 1e-30)
+    level = [np.log2(np.maximum(e, 1e-30)) for e in expected]
+    level = [level[0] - level[0].mean(), level[1] - level[1].mean() + math.log2(mean)]
+    buckets = np.rint(4 * (level[0] + level[1][:, None] - LOWEST_OCTAVE)).clip(0, BUCKETS - 1).astype(np.int64)
+    placed = with_feedback(p, step_rows, step_cols, buckets, prices, penalty, states)
+    positions, ordered = np.empty(placed.T.shape, np.int32), col_steps
+    positions[:, p.order] = placed.T
+    col_steps = np.empty_like(ordered)
+    col_steps[p.order] = ordered
+    reach = np.maximum((np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1), 2.0 ** (-MAX_EXPONENT / OCTAVE))
+    sizes = ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)
+    return {"positions": positions.reshape(-1), "row_steps": p.row_steps.astype(np.int16),
+            "col_steps": col_steps.astype(np.int16), "row_sizes": sizes.astype(np.int16)}
+
+
+def with_feedback(p: Prepared, step_rows: np.ndarray, step_cols: np.ndarray, buckets: np.ndarray, prices: np.ndarray,
+                  penalty: float, states: int) -> np.ndarray:
+    """Positions (in, out): column after column, each error pushed into the targets of the columns to come. A column's rows
+    cost the same and are independent, so a trellis can run down them.
+    """
+    targets, errors, placed = p.columns.copy(), np.zeros_like(p.columns), np.zeros(p.columns.shape, np.int64)
+    search, ways, raw_bits = compiled(best_path) or plain_path, arrivals(states), shifts(int(states > 0))
+    for first in range(0, len(targets), FEEDBACK_BLOCK):
+        end = min(first + FEEDBACK_BLOCK, len(targets))
+        for j in range(first, end):
+            step = step_rows * step_cols[j]
+            aim = np.clip(targets[j] / step, -MAX_AIM, MAX_AIM)
+            placed[j] = search(aim, buckets[j], prices, raw_bits, penalty, *ways)
+            errors[j] = p.columns[j] - placed[j] * step
+            targets[j + 1:end] += p.feedback[j, j + 1:end, None] * errors[j]
+        targets[end:] += p.feedback[first:end, end:].T @ errors[first:end]
+    return placed
+
+
+@lru_cache(maxsize=4)
+def compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray] | None:
+    """The function as machine code, or None where numba is not installed."""
+    try:
+        import numba  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return numba.njit(nogil=True)(function)
+
+
+@lru_cache(maxsize=16)
+def arrivals(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """(states, ways) each: the state that a way into a state comes from, and the position modulo 4 that it takes."""
+    if not states:
+        return np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
+    following = trellis(states)
+    ways = [[(s, (s & 1) + 2 * bit) for s, bit in np.argwhere(following == n)] for n in range(states)]
+    source, kind = np.array(ways).transpose(2, 0, 1)
+    return np.ascontiguousarray(source), np.ascontiguousarray(kind)
+
+
+def best_path(aim: np.ndarray, buckets: np.ndarray, prices: np.ndarray, raw_bits: np.ndarray, penalty: float,
+              source: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """Positions (rows,) of least squared distance to `aim`, in steps, plus penalty x bits (Viterbi 1967). Loops that numba
+    compiles; `plain_path` is the same in numpy, tie for tie.
+    """
+    rows, (states, ways) = aim.size, source.shape
+    doubled = 1 if states > 1 else 0
+    subsets = 4 if doubled else 1
+    place, own = np.empty((rows, subsets), np.int64), np.empty(subsets)
+    cost, fresh = np.full(states, np.inf), np.empty(states)
+    picks = np.zeros((rows, states), np.uint8)
+    cost[0] = 0.0
+    for i in range(rows):
+        b = buckets[i]
+        for d in range(subsets):        # positions equal to d modulo the subsets: the two around the aim, and zero
+            low, own[d], parity = d + subsets * math.floor((aim[i] - d) / subsets), np.inf, d & 1
+            for k in range(3 if d == 0 else 2):
+                p = low + k * subsets if k < 2 else 0
+                symbol = ((p - parity) >> doubled >> raw_bits[b]) + REACH
+                c = (aim[i] - p) ** 2 + penalty * prices[b, parity, symbol if 0 <= symbol < ESCAPE else ESCAPE]
+                if c < own[d]:
+                    own[d], place[i, d] = c, p
+        least = np.inf
+        for n in range(states):
+            c, pick = cost[source[n, 0]] + own[kind[n, 0]], 0
+            if ways > 1:
+                other = cost[source[n, 1]] + own[kind[n, 1]]
+                if other < c:
+                    c, pick = other, 1
+            fresh[n], picks[i, n] = c, pick
+            least = min(least, c)
+        for n in range(states):
+            cost[n] = fresh[n] - least
+    state, found = cost.argmin(), np.empty(rows, np.int64)
+    for i in range(rows - 1, -1, -1):
+        pick = picks[i, state]
+        found[i] = place[i, kind[state, pick]]
+        state = source[state, pick]
+    return found
+
+
+def plain_path(aim: np.ndarray, buckets: np.ndarray, prices: np.ndarray, raw_bits: np.ndarray, penalty: float,
+               source: np.ndarray, kind: np.ndarray) -> np.ndarray:
+    """`best_path` in numpy, for machines without numba: 8 us a weight at 8 states."""
+    states = len(source)
+    doubled = int(states > 1)
+    subsets = 4 if doubled else 1
+    kinds = np.arange(subsets)
+    low = kinds + subsets * np.floor((aim[:, None] - kinds) / subsets).astype(np.int64)
+    tries = np.stack([low, low + subsets, np.where(kinds == 0, 0, low)], 2)                # (rows, subsets, 3)
+    parity = (kinds & 1)[:, None]
+    symbols = ((tries - parity) >> doubled >> raw_bits[buckets][:, None, None]) + REACH
+    symbols = np.where((symbols >= 0) & (symbols < ESCAPE), symbols, ESCAPE)
+    costs = (aim[:, None, None] - tries) ** 2 + penalty * prices[buckets[:, None, None], parity, symbols]
+    best = costs.argmin(2)[:, :, None]
+    place, own = (np.take_along_axis(a, best, 2)[:, :, 0] for a in (tries, costs))
+    everyone, picks = np.arange(states), np.zeros((len(aim), states), np.int64)
+    cost = np.where(everyone == 0, 0.0, np.inf)
+    for i in range(len(aim)):
+        ways = cost[source] + own[i][kind]
+        picks[i] = ways.argmin(1)
+        cost = ways[everyone, picks[i]]
+        cost = cost - cost.min()
+    state, found = int(cost.argmin()), np.empty(len(aim), np.int64)
+    for i in range(len(aim) - 1, -1, -1):
+        found[i] = place[i, kind[state, picks[i, state]]]
+        state = source[state, picks[i, state]]
+    return found
+
+
+def stored_on_grid(w: Tensor, p: Prepared, dial: float, options: ExportOptions, prices: np.ndarray) -> Stored:
+    values = on_grid(p, dial, options.tcq_states, options.tcq_lambda, prices)
+    return Stored(PlanRow(p.name, tuple(w.shape), dtype_name(w), "grid", states=options.tcq_states), values)
+
+
+def small_choice(tensor: Tensor) -> Choice:
+    """How rd stores what is no matrix: 8 bits cost nothing where a share of 0.01 in the error of the weights does."""
+    if dtype_name(tensor) not in FLOATS:
+        return Choice("raw")
+    return Choice("int", "row", MAX_CODE) if tensor.numel() >= 64 else Choice("f16")
+
+
+def planned_bits(prepared: Sequence[Prepared], dial: float) -> float:
+    """What the positions will take, of the form that a Gaussian's rate has at high and at low resolution."""
+    total = 0.0
+    for p in prepared:
+        ratio = np.exp2(2 * (p.log_sizes - p.log_steps - dial))
+        total += 0.5 * p.columns.shape[1] * float(np.log2(1 + GAUSS_RATE * ratio).sum())
+    return total
+
+
+def dial_for(prepared: Sequence[Prepared], bits: float) -> float:
+    """The dial whose planned bits these are; steps grow with it."""
+    low, high = -60.0, 60.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if planned_bits(prepared, middle) > bits else (low, middle)
+    return high
+
+
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """The results in order; whatever the number of threads, each item is the work of one."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(function, items))
+
+
+def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics,
+                    code_bytes: int) -> Export:
+    """The export of least expected loss in the bytes that EXPORT_BITS or the cap leaves, at most RD_WINDOW_BYTES below them.
+    One dial sets all steps, because all costs are in nats: at equal cost x step^2 no bit is worth more elsewhere (Shoham &
+    Gersho 1988). Raises ArtifactError where the coarsest grid is too large.
+    """
+    names = [name for name, t in state.items() if name in matrices({name: t.shape}) and dtype_name(t) in FLOATS]
+    prepared = in_threads(lambda name: prepare(name, state[name], statistics.terms[name]), names)
+    rest = {name: store(name, t, small_choice(t), replace(options, int8_scale_floor=0.0))
+            for name, t in state.items() if name not in names}
+    numel = sum(t.numel() for t in state.values())
+    cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
+    high = math.floor(min(options.export_bits / 8 * numel or math.inf, cap, FINEST_BITS / 8 * numel + RD_WINDOW_BYTES))
+    aim, overhead, found = 8 * (high - min(RD_WINDOW_BYTES / 4, high / 200)), 0.0, []
+    prices = SymbolModel(int(options.tcq_states > 0)).prices()
+    for _ in range(MAX_DIALS):
+        dial = dial_for(prepared, aim - overhead)
+        placed = in_threads(lambda p, dial=dial, prices=prices: stored_on_grid(state[p.name], p, dial, options, prices),
+                            prepared)
+        export = assembled(state, meta, options, {s.row.name: s for s in sorted(
+            [*rest.values(), *placed], key=lambda s: s.row.name)})
+        found.append(export)
+        if high - RD_WINDOW_BYTES <= len(export.data) <= high or not names:
+            break
+        overhead, prices = 8 * len(export.data) - planned_bits(prepared, dial), export.prices
+    fitting = [e for e in found if len(e.data) <= high]
+    smallest = min(len(e.data) for e in found)
+    require(bool(fitting), "plan", None, f"{smallest} bytes at the coarsest tried beside {code_bytes} of code",
+            f"at most {high}; choose a smaller shape or more bits")
+    best = max(fitting, key=lambda e: len(e.data))
+    loss = sum(expected_loss(state[name] - restore(s.row, s.values).to(state[name].dtype), statistics.terms[name])
+               for name, s in best.tensors.items() if name in names)
+    best.report = replace(best.report, planned_bytes=high, expected_nats=loss,
+                          step_gains={p.name: p.gain_bits for p in prepared})
+    return best
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Container: header and frame, writer and reader side by side in the order of the docstring.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -808,7 +1428,7 @@ def pack_header(meta: bytes, plan: tuple[PlanRow, ...], table: Iterable[tuple[in
     for row in plan:
         name, ndim = row.name.encode("ascii"), len(row.shape)
         kinds = (tuple(DTYPES).index(row.dtype), CODECS.index(row.codec), AXES.index(row.axis), LAYOUTS.index(row.layout),
-                 KEPT.index(row.kept), row.rank, FACTORS.index(row.factors))
+                 KEPT.index(row.kept), row.rank + max(row.states.bit_length() - 1, 0), FACTORS.index(row.factors))
         parts += [struct.pack("B", len(name)), name, struct.pack(f"<7BIB{ndim}I", *kinds, row.kept_count, ndim, *row.shape)]
     return b"".join(parts + [struct.pack("<BI", *entry) for entry in table])
 
@@ -844,7 +1464,7 @@ def parse_row(cursor: Cursor, field: str, previous_name: str) -> PlanRow:
     require(is_name(name), f"{field}.name", start, ascii(name), "printable ASCII")
     require(name > previous_name, f"{field}.name", start, ascii(name), f"a name after {previous_name!a}")
     dtype = kind("dtype", tuple(DTYPES), tuple(DTYPES))
-    codec = kind("codec", CODECS, CODECS[:3] if dtype in FLOATS else CODECS[3:])
+    codec = kind("codec", CODECS, [c for c in CODECS if (c == "raw") != (dtype in FLOATS)])
     tail = cursor.at                    # what the next fields may be depends on the shape, which follows them
     cursor.take(struct.calcsize("<5BI"), f"{field}.axis")
     ndim = cursor.number("B", f"{field}.ndim", 0, MAX_NDIM)
@@ -854,12 +1474,18 @@ def parse_row(cursor: Cursor, field: str, previous_name: str) -> PlanRow:
     bare = PlanRow(name, shape, dtype, codec, axis)
     layout = kind("layout", LAYOUTS, layouts_of(bare) if matrix else LAYOUTS[:1])
     kept = kind("kept", KEPT, KEPT if matrix else KEPT[:1])
-    rank = cursor.number("B", f"{field}.rank", 0, min(MAX_RANK, *shape) if matrix else 0)
+    states = 0
+    if codec == "grid":
+        start = cursor.at
+        log_states = cursor.number("B", f"{field}.states", 0, 8)
+        states = 2**log_states if log_states else 0
+        require(log_states != 1 and ndim == 2, f"{field}.states", start, f"{states} for {ndim} dims", "0, 4..256 for 2 dims")
+    rank = 0 if codec == "grid" else cursor.number("B", f"{field}.rank", 0, min(MAX_RANK, *shape) if matrix else 0)
     factors = kind("factors", FACTORS, FACTORS if rank else FACTORS[:1])
     most = {"none": 0, "rows": shape[0], "cols": shape[1], "entries": bare.numel}[kept] if matrix else 0
     count = cursor.number("<I", f"{field}.kept_count", min(most, 1), most)
     cursor.at = end
-    return replace(bare, layout=layout, kept=kept, kept_count=count, rank=rank, factors=factors)
+    return replace(bare, layout=layout, kept=kept, kept_count=count, rank=rank, factors=factors, states=states)
 
 
 def check_total(plan: Iterable[PlanRow], offset: int | None) -> None:
@@ -924,6 +1550,19 @@ def parse_stream(body: bytes, method: int, stream: str, count: int, offset: int)
     return codes
 
 
+def centred(values: np.ndarray) -> np.ndarray:
+    """The median, then the differences from it, which all tensors have alike."""
+    middle = np.sort(values)[values.size // 2]
+    return np.concatenate([middle[None], values - middle])
+
+
+def parse_centred(values: np.ndarray, field: str, offset: int) -> np.ndarray:
+    exponents = values[1:].astype(np.int64) + int(values[0])
+    require(bool((np.abs(exponents) <= MAX_EXPONENT).all()), field, offset, int(np.abs(exponents).max()),
+            f"exponents up to {MAX_EXPONENT}")
+    return exponents.astype(np.int16)
+
+
 def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[str, int]) -> Tensor:
     """Restore one tensor from streams that may say anything; its codes come out in row order."""
     if row.codec == "int":
@@ -964,6 +1603,7 @@ class SizeReport:
     planned_bytes: int = 0      # what an allocation expected the total to be; 0 = there was none
     expected_nats: float | None = None          # loss increase that its statistics or map expect, nats a token
     permutation_gains: dict[str, int] = field(default_factory=dict)     # bytes saved by kind of symmetry
+    step_gains: dict[str, float] = field(default_factory=dict)          # bits a weight by water-filling, predicted
     note: str = ""              # which lever ran out, if one did
 
     @property
@@ -975,7 +1615,9 @@ class SizeReport:
         error = self.total_bytes / self.planned_bytes - 1 if self.planned_bytes else 0.0
         nats = "" if self.expected_nats is None else f" expected_loss_increase:{self.expected_nats:.6f}"
         gains = " ".join(f"{kind}:{nbytes}" for kind, nbytes in self.permutation_gains.items())
+        steps = " ".join(f"{name}:{bits:.2f}" for name, bits in self.step_gains.items())
         return [text for shown, text in (
+            (steps, f"water-filling: bits a weight gained over one step a matrix {steps}"),
             (gains, f"permuted: bytes saved {gains}"),
             (self.planned_bytes,
              f"allocated: planned {self.planned_bytes} bytes, came to {self.total_bytes} ({error:+.2%}){nats}"),
@@ -990,6 +1632,7 @@ class Export:
     tensors: dict[str, Stored]
     data: bytes
     report: SizeReport
+    prices: np.ndarray = field(default_factory=lambda: np.zeros(0))     # of the coder's symbols, if any, in bits
 
 
 @dataclass
@@ -1010,10 +1653,13 @@ def encode_artifact(
     """
     if faults := options.problems():
         raise ValueError("; ".join(faults))
-    for needed, given in (("hessian", statistics), ("sensitivity", sensitivity)):
-        if options.export_allocate == needed and given is None:
-            what = "calibration statistics" if needed == "hessian" else "a map"
-            raise ValueError(f"EXPORT_ALLOCATE={needed} needs {what}")
+    for wanted, needs, given in (
+        (options.export_allocate == "hessian", "EXPORT_ALLOCATE=hessian needs calibration statistics", statistics),
+        (options.export_allocate == "sensitivity", "EXPORT_ALLOCATE=sensitivity needs a map", sensitivity),
+        (options.export_scheme == "rd", "EXPORT_SCHEME=rd needs calibration statistics", statistics),
+    ):
+        if wanted and given is None:
+            raise ValueError(needs)
     require(len(state) <= MAX_TENSORS, "state", None, f"{len(state)} tensors", f"at most {MAX_TENSORS}")
     for name in state:
         check_tensor(name, state[name])
@@ -1021,6 +1667,9 @@ def encode_artifact(
         check_statistics(statistics, state)
     weights: dict[str, Tensor] = {name: state[name].detach().cpu() for name in sorted(state)}
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
+    if options.export_scheme == "rd":
+        assert statistics is not None
+        return rate_distortion(weights, meta, options, statistics, code_bytes)
     if options.export_rotate:
         weights, statistics = tool("symmetries").rotated(weights, statistics)
     if options.solves:
@@ -1048,22 +1697,30 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     """The bytes of stored tensors."""
     assert list(tensors) == sorted(state), "the plan's rows are exactly the state's tensors"
     check_total((s.row for s in tensors.values()), None)
-    quantised, floored, error, energy = 0, 0.0, 0.0, 0.0
+    quantised, floored, error, energy, prices = 0, 0.0, 0.0, 0.0, np.zeros(0)
     coded: dict[str, tuple[int, bytes]] = {}
     for name, stored in tensors.items():
         w, restored = state[name], restore(stored.row, stored.values)
         if not bool(restored.isfinite().all()):
             peak = float(w.double().abs().max())
             raise ArtifactError(f"tensor {name}", None, f"magnitudes up to {peak:g}", f"what {stored.row.codec} can hold")
+        if stored.row.codec in ("int", "grid"):
+            quantised, energy = quantised + w.numel(), energy + sum_squares(w)
+            error += sum_squares(w.double() - restored)
         if stored.row.codec == "int":
             layout, method, body = pack_codes(stored)
             stored.row, coded[stream_of("codes", stored.row)] = replace(stored.row, layout=layout), (method, body)
             at_floor = float((stored.values["scales"] <= np.float16(options.int8_scale_floor)).mean())
-            quantised, floored = quantised + w.numel(), floored + w.numel() * at_floor
-            error, energy = error + sum_squares(w.double() - restored), energy + sum_squares(w)
+            floored += w.numel() * at_floor
     plan = tuple(s.row for s in tensors.values())
     for stream in list(stream_counts(plan))[len(coded):]:
-        coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
+        if stream == "positions":
+            operations, model = coder_operations(plan, {name: s.values for name, s in tensors.items()})
+            coded[stream] = STORED, rans_encode(operations)
+            prices = model.prices()
+        else:
+            parts = [s.values[stream] for s in tensors.values() if stream in s.values]
+            coded[stream] = pack_stream([centred(part) for part in parts] if stream in GRID_STREAMS else parts)
     table = [(method, len(body)) for method, body in coded.values()]
     text = pack_meta(dict(meta))
     require(pack_meta(parse_meta(text, "meta", None)) == text, "meta", None, "keys that are no strings", "a JSON object")
@@ -1072,7 +1729,7 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     assert sum(parts.values()) == len(data)
     rms_error = math.sqrt(error / energy) if energy else 0.0
     report = SizeReport(len(data), parts, sum(row.numel for row in plan), floored / max(quantised, 1), rms_error)
-    return Export(state, tensors, data, report)
+    return Export(state, tensors, data, report, prices)
 
 
 def part_bytes(header_bytes: int, streams: Iterable[str], table: Iterable[tuple[int, int]]) -> dict[str, int]:
@@ -1087,19 +1744,24 @@ def decode_artifact(data: bytes) -> Artifact:
     counts, end = stream_counts(plan), len(data) - CHECKSUM_BYTES
     total = sum(coded_bytes for _, coded_bytes in table)
     require(start + total == end, "streams", start, f"{total} bytes in the table", f"{end - start} up to the checksum")
-    streams, offsets, at = {}, {}, start
+    streams, offsets, at = {"positions": b""}, {}, start
     for (stream, count), (method, coded_bytes) in zip(counts.items(), table, strict=True):
-        streams[stream] = parse_stream(data[at:at + coded_bytes], method, stream, count, at)
+        body = data[at:at + coded_bytes]
+        streams[stream] = body if stream == "positions" else parse_stream(body, method, stream, count, at)
         offsets[stream], at = at, at + coded_bytes
-    used, state, values = dict.fromkeys(counts, 0), {}, {}
+    used, values = dict.fromkeys(counts, 0), {}
     for row in plan:
         own = values[row.name] = {}
         for kind, count in row.counts.items():
             stream = stream_of(kind, row)
             own[kind] = streams[stream][used[stream]:used[stream] + count]
             used[stream] += count
-        state[row.name] = parse_tensor(row, own, offsets)
+            if kind in GRID_STREAMS:
+                own[kind] = parse_centred(own[kind], f"{kind} of {row.name}", offsets[stream])
     assert used == counts
+    for name, positions in decode_positions(plan, values, streams["positions"], offsets.get("positions", 0)).items():
+        values[name]["positions"] = positions
+    state = {row.name: parse_tensor(row, values[row.name], offsets) for row in plan}
     return Artifact(meta, plan, state, part_bytes(start - FIXED.size, counts, table), values)
 
 
