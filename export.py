@@ -107,9 +107,9 @@ LAYOUTS = ("rows", "cols", "rows_by_scale", "cols_by_scale")
 KEPT = ("none", "rows", "cols", "entries")
 FACTORS = ("f16", "int8", "lqer")
 STREAM_TYPES = {"codes": "i1", "scales": "<f2", "f16": "<f2", "f32": "<f4", "raw": "u1", "factors": "u1", "index": "<u4",
-                "row_steps": "<i2", "col_steps": "<i2", "row_sizes": "<i2"}
+                "bases": "<i2"}
 
-GRID_STREAMS = ("row_steps", "col_steps", "row_sizes")
+BASES = ("col_steps", "row_steps", "row_sizes", "col_steps_unit", "row_steps_unit", "row_sizes_unit")
 
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weight")   # substrings; these stay fp32
 EMBED_NAMES = ("tok_emb.weight", "lm_head.weight")
@@ -240,14 +240,15 @@ class ExportOptions:
         unused = [f.name.upper() for f in knobs if f.name in chosen and getattr(self, f.name) != f.default]
         rd = self.export_scheme == "rd"
         foreign = [f.name.upper() for f in knobs if (f.name in RD_ONLY) != rd and f.name not in ANY_SCHEME
-                   and getattr(self, f.name) != f.default]
+                   and getattr(self, f.name) != f.default and not any(f.name.upper() in text for text in found)]
         return found + [text for wrong, text in (
             (bool(foreign), f"EXPORT_SCHEME={self.export_scheme} has no use for {', '.join(foreign)}; unset one of them"),
             (self.tcq_states not in (0, *TRELLISES),
              f"TCQ_STATES must be 0, {', '.join(map(str, TRELLISES))}, got {self.tcq_states}"),
             (rd and self.export_bits == 0 and self.artifact_cap_bytes == 0,
              "EXPORT_SCHEME=rd needs EXPORT_BITS or ARTIFACT_CAP_BYTES above 0"),
-            (self.export_bits > FINEST_BITS, f"EXPORT_BITS must be at most {FINEST_BITS:g}, got {self.export_bits:g}"),
+            (FINEST_BITS < self.export_bits < math.inf,
+             f"EXPORT_BITS must be at most {FINEST_BITS:g}, got {self.export_bits:g}"),
             (self.int8_scale_floor > 1, f"INT8_SCALE_FLOOR must be in 0..1, got {self.int8_scale_floor}"),
             (self.int8_residual_rank > MAX_RANK,
              f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
@@ -317,7 +318,7 @@ class PlanRow:
     def counts(self) -> dict[str, int]:
         """Kind of stream -> how many of its values this tensor takes."""
         if self.codec == "grid":
-            return {"row_steps": self.shape[0] + 1, "col_steps": self.shape[1] + 1, "row_sizes": self.shape[0] + 1}
+            return {"bases": len(BASES)}
         if self.codec != "int":
             return {self.codec: self.numel * (DTYPES[self.dtype] if self.codec == "raw" else 1)}
         counts = {"codes": self.numel, "scales": sum(self.scale_counts)}
@@ -429,7 +430,7 @@ def stream_counts(plan: Sequence[PlanRow]) -> dict[str, int]:
     """Stream -> number of values, in the order of the file."""
     counts = {stream_of("codes", row): row.numel for row in plan if row.codec == "int"}
     grid = any(row.codec == "grid" for row in plan)
-    for kind in ("scales", "f16", "f32", "raw", "factors", "index", *(GRID_STREAMS if grid else ())):
+    for kind in ("scales", "f16", "f32", "raw", "factors", "index", *(["bases"] if grid else [])):
         counts[kind] = sum(row.counts.get(kind, 0) for row in plan)
     return counts | ({"positions": 0} if grid else {})      # whose length only its decoder knows
 
@@ -795,6 +796,7 @@ def inflate(coded: bytes, raw_bytes: int, field: str, offset: int) -> bytes:
 
 OCTAVE = 32             # exponents of steps and sizes count 1/32 octaves
 MAX_EXPONENT = 32 * OCTAVE
+MAX_GRID_RATIO = 2**13                  # positions a byte of their stream, far beyond what a trained model needs
 TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 128: (0o235, 0o126),
              256: (0o515, 0o362)}       # states -> parity checks (h0, h1) (Ungerboeck 1982, table I, one dimension)
 
@@ -872,7 +874,7 @@ class SymbolModel:
         """Counts symbols, given as context x SYMBOLS + symbol; they take effect at the next refresh."""
         self.waiting.append(flat)
         self.fresh += flat.size
-        if self.fresh >= max(4096, self.seen // 8):
+        if self.fresh >= max(512, self.seen // 8):
             self.counts += COUNT * np.bincount(np.concatenate(self.waiting), minlength=self.counts.size).reshape(
                 self.counts.shape)
             self.seen, self.fresh, self.waiting = self.seen + self.fresh, 0, []
@@ -913,136 +915,52 @@ def prior(bucket: int, parity: int, doubled: int) -> list[int]:
     return [PRIOR_COUNT * COUNT * w // sum(shape) for w in shape] + [0]
 
 
-Exchange = Callable[[int, SymbolModel, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+class SymbolWriter:
+    """Collects what `rans_encode` writes: (shares, starts) of 2^16, symbol by symbol, in the order of the reader."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def code(self, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
+             given: np.ndarray | None) -> np.ndarray:
+        """Codes the given positions by their contexts, and returns them."""
+        assert given is not None, "a writer is given what it writes"
+        codes = (given - parity) >> model.doubled
+        symbols = split_codes(codes, raw_bits)
+        seen = contexts * SYMBOLS + symbols
+        escaped = (symbols == ESCAPE) | (model.share[seen] == 0)
+        flat = np.where(escaped, contexts * SYMBOLS + ESCAPE, seen)
+        self.operations.append((model.share[flat].astype(np.uint32), model.start[flat].astype(np.uint32)))
+        bits = np.where(escaped, ESCAPED_BITS, raw_bits)
+        if bits.any():
+            low = (codes & ((1 << bits) - 1)) << (SCALE_BITS - bits)
+            self.operations.append(((1 << (SCALE_BITS - bits)).astype(np.uint32), low.astype(np.uint32)))
+        model.observe(seen)
+        return given
+
+    def encoded(self) -> bytes:
+        """Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540, section 3.3), interleaved: the k-th of an
+        operation's shares goes to lane k modulo the lanes. One byte for log2 of the lanes, their states, then words of
+        two bytes in the order in which the reader wants them.
+        """
+        lanes = lanes_of(sum(shares.size for shares, _ in self.operations))
+        states, words = np.full(lanes, LANE_LOW, np.uint64), []
+        for shares, starts in reversed(self.operations):
+            for at in reversed(range(0, shares.size, lanes)):
+                share, start = shares[at:at + lanes].astype(np.uint64), starts[at:at + lanes].astype(np.uint64)
+                x = states[:share.size]
+                full = x >= share << np.uint64(24)
+                words.append(x[full].astype("<u2"))
+                x = np.where(full, x >> np.uint64(WORD_BITS), x)
+                quotient = x // share
+                states[:share.size] = (quotient << np.uint64(SCALE_BITS)) + (x - quotient * share) + start
+        head = states.astype("<u8").view("u1").reshape(lanes, 8)[:, :STATE_BYTES]
+        tail = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
+        return bytes([lanes.bit_length() - 1]) + head.tobytes() + tail.tobytes()
 
 
-def walk(group: Sequence[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]], model: SymbolModel, exchange: Exchange
-         ) -> None:
-    """Goes through matrices with equally many rows side by side, row after row, as encoder and decoder both do. A weight's
-    context is its expected |position|: 2^((row size - column step) / OCTAVE) x the mean so far of the column, in units of
-    that; and the parity that the trellis demands. `exchange` gets (row, model, contexts, raw bits, parities) and returns
-    the positions.
-    """
-    widths = [row.shape[1] for row in group]
-    sizes = np.stack([values[row.name]["row_sizes"] for row in group], 1).astype(np.int64)
-    col_steps = np.concatenate([values[row.name]["col_steps"] for row in group]).astype(np.int64)
-    following, raw_bits, doubled = trellis(group[0].states), shifts(model.doubled), model.doubled
-    levels = np.array([power(k) for k in range(0, 48 * OCTAVE, 4)])
-    weight = np.array([power(FIXED_ONE - k) for k in range(-FIXED_ONE, FIXED_ONE + 1)])
-    state, learned = np.zeros(len(col_steps), np.int64), np.zeros(len(col_steps), np.int64)
-    sums = np.full(len(col_steps), PRIOR_ROWS << 16)
-    for i in range(len(sizes)):
-        level = np.clip(np.repeat(sizes[i], widths) - col_steps, -FIXED_ONE, FIXED_ONE)
-        if i < 32 or i % 8 == 0:        # the means move slowly, and this is most of the work
-            learned = 4 * np.searchsorted(levels, sums // (PRIOR_ROWS + i), side="right") - FIXED_ONE
-        buckets = np.clip((level + learned - LOWEST_OCTAVE * OCTAVE) // (OCTAVE // 4), 0, BUCKETS - 1)
-        parity = state & doubled
-        positions = exchange(i, model, 2 * buckets + parity, raw_bits[buckets], parity)
-        state = following[state, (positions >> doubled) & 1]
-        sums += np.abs(positions) * weight[level + FIXED_ONE]
-
-
-def split_codes(codes: np.ndarray, raw_bits: np.ndarray) -> np.ndarray:
-    """Symbols of integers whose lowest raw_bits are coded apart."""
-    high = codes >> raw_bits
-    return np.where(np.abs(high) <= REACH, high + REACH, ESCAPE)
-
-
-def groups_of(plan: Iterable[PlanRow]) -> list[list[PlanRow]]:
-    """The matrices of the trellis grid, those with equally many rows together."""
-    found: dict[int, list[PlanRow]] = {}
-    for row in plan:
-        if row.codec == "grid":
-            found.setdefault(row.shape[0], []).append(row)
-    return list(found.values())
-
-
-def coder_operations(plan: Iterable[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]]
-                     ) -> tuple[list[tuple[np.ndarray, np.ndarray]], SymbolModel]:
-    """((shares, starts) of all symbols and raw bits in the order of the decoder, the model after the last)."""
-    groups, operations = groups_of(plan), []
-    model = SymbolModel(int(groups[0][0].states > 0))
-    for group in groups:
-        wide = np.concatenate([values[row.name]["positions"].reshape(row.shape) for row in group], 1).astype(np.int64)
-
-        def take(i: int, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, _parity: np.ndarray,
-                 wide: np.ndarray = wide) -> np.ndarray:
-            codes = wide[i] >> model.doubled
-            symbols = split_codes(codes, raw_bits)
-            seen = contexts * SYMBOLS + symbols
-            escaped = (symbols == ESCAPE) | (model.share[seen] == 0)
-            flat = np.where(escaped, contexts * SYMBOLS + ESCAPE, seen)
-            operations.append((model.share[flat].astype(np.uint32), model.start[flat].astype(np.uint32)))
-            bits = np.where(escaped, ESCAPED_BITS, raw_bits)
-            if bits.any():
-                low = (codes & ((1 << bits) - 1)) << (SCALE_BITS - bits)
-                operations.append(((1 << (SCALE_BITS - bits)).astype(np.uint32), low.astype(np.uint32)))
-            model.observe(seen)
-            return wide[i]
-
-        walk(group, values, model, take)
-    return operations, model
-
-
-def decode_positions(plan: Iterable[PlanRow], values: Mapping[str, Mapping[str, np.ndarray]], body: bytes, offset: int
-                     ) -> dict[str, np.ndarray]:
-    """Positions (rows x cols,) of each matrix on the trellis grid."""
-    groups, found = groups_of(plan), {}
-    if not groups:
-        return found
-    model, reader = SymbolModel(int(groups[0][0].states > 0)), RansReader(body, offset)
-    for group in groups:
-        wide = np.zeros((group[0].shape[0], sum(row.shape[1] for row in group)), np.int32)
-
-        def give(i: int, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
-                 wide: np.ndarray = wide) -> np.ndarray:
-            symbols = reader.symbols(model, contexts)
-            escaped = symbols == ESCAPE
-            bits = np.where(escaped, ESCAPED_BITS, raw_bits)
-            codes = np.where(escaped, 0, symbols - REACH) << np.where(escaped, 0, raw_bits)
-            if bits.any():
-                low = reader.raw(bits)
-                codes = np.where(escaped, low - ((low >> (ESCAPED_BITS - 1)) << ESCAPED_BITS), codes + low)
-                symbols = np.where(escaped, split_codes(codes, raw_bits), symbols)
-            model.observe(contexts * SYMBOLS + symbols)
-            wide[i] = positions = (codes << model.doubled) + parity
-            return positions
-
-        walk(group, values, model, give)
-        columns = np.cumsum([row.shape[1] for row in group])[:-1]
-        found |= {row.name: part.reshape(-1) for row, part in zip(group, np.split(wide, columns, 1), strict=True)}
-    reader.finish()
-    return found
-
-
-def lanes_of(symbols: int) -> int:
-    """How many states are coded side by side: each takes three bytes that say nothing."""
-    return 2 ** min(max(round(math.log2(max(symbols, 1) / 2**15)), 3), 10)
-
-
-def rans_encode(operations: Sequence[tuple[np.ndarray, np.ndarray]]) -> bytes:
-    """Range asymmetric numeral systems (Duda 2013, arXiv 1311.2540, section 3.3), interleaved: the k-th of an operation's
-    (shares, starts) of 2^16 goes to lane k modulo the lanes. One byte for log2 of the lanes, their states, then words of
-    two bytes in the order in which the decoder wants them.
-    """
-    lanes = lanes_of(sum(share.size for share, _ in operations))
-    states, words = np.full(lanes, LANE_LOW, np.uint64), []
-    for shares, starts in reversed(operations):
-        for at in reversed(range(0, shares.size, lanes)):
-            share, start = shares[at:at + lanes].astype(np.uint64), starts[at:at + lanes].astype(np.uint64)
-            x = states[:share.size]
-            full = x >= share << np.uint64(24)
-            words.append(x[full].astype("<u2"))
-            x = np.where(full, x >> np.uint64(WORD_BITS), x)
-            quotient = x // share
-            states[:share.size] = (quotient << np.uint64(SCALE_BITS)) + (x - quotient * share) + start
-    head = states.astype("<u8").view("u1").reshape(lanes, 8)[:, :STATE_BYTES]
-    tail = np.concatenate(words[::-1]) if words else np.zeros(0, "<u2")
-    return bytes([lanes.bit_length() - 1]) + head.tobytes() + tail.tobytes()
-
-
-class RansReader:
-    """The reverse of `rans_encode`; whatever the bytes are, it ends or raises ArtifactError."""
+class SymbolReader:
+    """The reverse of SymbolWriter; whatever the bytes are, it ends or raises ArtifactError."""
 
     def __init__(self, body: bytes, offset: int):
         self.offset = offset
@@ -1058,14 +976,19 @@ class RansReader:
         self.words, self.at = np.frombuffer(body[start:], "<u2").astype(np.int64), 0
         require((self.states >= LANE_LOW).all(), "positions.states", offset + 1, int(self.states.min()), f">= {LANE_LOW}")
 
-    def advance(self, share: np.ndarray, start: np.ndarray) -> None:
-        x = self.states[:share.size]
-        x = share * (x >> SCALE_BITS) + (x & (2**SCALE_BITS - 1)) - start
-        low = np.flatnonzero(x < LANE_LOW)
-        end = self.at + low.size
-        require(end <= self.words.size, "positions", self.offset, f"{self.words.size} words", "more")
-        x[low] = x[low] << WORD_BITS | self.words[self.at:end]
-        self.states[:share.size], self.at = x, end
+    def code(self, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
+             _given: np.ndarray | None) -> np.ndarray:
+        """The positions that were written in these contexts."""
+        symbols = self.symbols(model, contexts)
+        escaped = symbols == ESCAPE
+        bits = np.where(escaped, ESCAPED_BITS, raw_bits)
+        codes = np.where(escaped, 0, symbols - REACH) << np.where(escaped, 0, raw_bits)
+        if bits.any():
+            low = self.raw(bits)
+            codes = np.where(escaped, low - ((low >> (ESCAPED_BITS - 1)) << ESCAPED_BITS), codes + low)
+            symbols = np.where(escaped, split_codes(codes, raw_bits), symbols)
+        model.observe(contexts * SYMBOLS + symbols)
+        return (codes << model.doubled) + parity
 
     def symbols(self, model: SymbolModel, contexts: np.ndarray) -> np.ndarray:
         found = np.empty(contexts.size, np.int64)
@@ -1087,10 +1010,104 @@ class RansReader:
             found[at:at + self.lanes] = value
         return found
 
+    def advance(self, share: np.ndarray, start: np.ndarray) -> None:
+        x = self.states[:share.size]
+        x = share * (x >> SCALE_BITS) + (x & (2**SCALE_BITS - 1)) - start
+        low = np.flatnonzero(x < LANE_LOW)
+        end = self.at + low.size
+        require(end <= self.words.size, "positions", self.offset, f"{self.words.size} words", "more")
+        x[low] = x[low] << WORD_BITS | self.words[self.at:end]
+        self.states[:share.size], self.at = x, end
+
     def finish(self) -> None:
-        done = self.at == self.words.size and (self.states == LANE_LOW).all()
+        done = self.at == self.words.size and bool((self.states == LANE_LOW).all())
         require(done, "positions", self.offset, f"{self.words.size - self.at} words left or states that do not end",
                 "a stream that ends with its last position")
+
+
+def split_codes(codes: np.ndarray, raw_bits: np.ndarray) -> np.ndarray:
+    """Symbols of integers whose lowest raw_bits are coded apart."""
+    high = codes >> raw_bits
+    return np.where(np.abs(high) <= REACH, high + REACH, ESCAPE)
+
+
+def lanes_of(symbols: int) -> int:
+    """How many states are coded side by side: each takes three bytes that say nothing."""
+    return 2 ** min(max(round(math.log2(max(symbols, 1) / 2**15)), 3), 10)
+
+
+Coder = SymbolWriter | SymbolReader
+Values = dict[str, np.ndarray]          # of one tensor, by kind
+
+
+def code_matrix(coder: Coder, model: SymbolModel, levels: np.ndarray, widths: Sequence[int], col_steps: np.ndarray,
+                states: int, given: np.ndarray | None) -> np.ndarray:
+    """Integers (rows, columns), row after row. The context of each is its expected magnitude, that is 2^((level - column
+    step) / OCTAVE) x the mean so far of the column in units of that, and the parity that the trellis demands. `levels`
+    (rows, parts) are those of parts of `widths` columns.
+    """
+    following, raw_bits = trellis(states), shifts(model.doubled)
+    table = np.array([power(k) for k in range(0, 48 * OCTAVE, 4)])
+    weights = np.array([power(FIXED_ONE - k) for k in range(-FIXED_ONE, FIXED_ONE + 1)])
+    state, learned = np.zeros(len(col_steps), np.int64), np.zeros(len(col_steps), np.int64)
+    sums, found = np.full(len(col_steps), PRIOR_ROWS << 16), np.zeros((len(levels), len(col_steps)), np.int32)
+    for i in range(len(levels)):
+        level = np.clip(np.repeat(levels[i], widths) - col_steps, -FIXED_ONE, FIXED_ONE)
+        if i < 32 or i % 8 == 0:        # the means move slowly, and this is most of the work
+            learned = 4 * np.searchsorted(table, sums // (PRIOR_ROWS + i), side="right") - FIXED_ONE
+        buckets = np.clip((level + learned - LOWEST_OCTAVE * OCTAVE) // (OCTAVE // 4), 0, BUCKETS - 1)
+        parity = state & model.doubled
+        found[i] = row = coder.code(model, 2 * buckets + parity, raw_bits[buckets], parity,
+                                    None if given is None else given[i].astype(np.int64))
+        state = following[state, (row >> model.doubled) & 1]
+        sums += np.abs(row) * weights[level + FIXED_ONE]
+    return found
+
+
+def groups_of(plan: Iterable[PlanRow], dim: int) -> list[list[PlanRow]]:
+    """The matrices of the grid, those of equal size on the dim together."""
+    found: dict[int, list[PlanRow]] = {}
+    for row in plan:
+        if row.codec == "grid":
+            found.setdefault(row.shape[dim], []).append(row)
+    return list(found.values())
+
+
+def code_grid(coder: Coder, plan: Sequence[PlanRow], values: Mapping[str, Values], offset: int | None) -> SymbolModel:
+    """Codes what is in `values`, or fills it in: column steps, row steps and sizes, positions. Side by side go the steps of
+    matrices with equally many columns, then sizes and positions of those with equally many rows.
+    """
+    writes = isinstance(coder, SymbolWriter)
+    model, side = SymbolModel(int(max(row.states for row in plan) > 0)), SymbolModel(0)
+
+    def code_side(group: Sequence[PlanRow], kinds: Sequence[str], length: int) -> None:
+        """Exponents of all matrices and kinds as columns of one matrix of differences from their bases, in their units."""
+        owners = [(values[row.name], kind) for kind in kinds for row in group]
+        bases, units = (np.array([own["bases"][BASES.index(kind + what)] for own, kind in owners], np.int64)
+                        for what in ("", "_unit"))
+        given = (np.stack([own[kind] for own, kind in owners], 1) - bases) // units if writes else None
+        count = len(owners)
+        found = code_matrix(coder, side, np.zeros((length, 1), np.int64), [count], np.zeros(count, np.int64), 0, given)
+        exponents = found * units + bases
+        most = int(np.abs(exponents).max())
+        require(most <= MAX_EXPONENT, "positions", offset, f"an exponent of {most}", f"at most {MAX_EXPONENT}")
+        for (own, kind), column in zip(owners, exponents.T, strict=True):
+            own[kind] = column.astype(np.int16)
+
+    for group in groups_of(plan, 1):
+        code_side(group, ("col_steps",), group[0].shape[1])
+    for group in groups_of(plan, 0):
+        code_side(group, ("row_steps", "row_sizes"), group[0].shape[0])
+        own = [values[row.name] for row in group]
+        levels = np.stack([v["row_sizes"].astype(np.int64) - v["row_steps"] for v in own], 1)
+        widths = [row.shape[1] for row in group]
+        given = np.concatenate([v["positions"].reshape(row.shape) for v, row in zip(own, group, strict=True)], 1
+                               ) if writes else None
+        wide = code_matrix(coder, model, levels, widths, np.concatenate([v["col_steps"] for v in own]).astype(np.int64),
+                           group[0].states, given)
+        for v, part in zip(own, np.split(wide, np.cumsum(widths)[:-1], 1), strict=True):
+            v["positions"] = part.reshape(-1)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1185,10 +1202,12 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     positions[:, p.order] = placed.T
     col_steps = np.empty_like(ordered)
     col_steps[p.order] = ordered
-    reach = np.maximum((np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1), 2.0 ** (-MAX_EXPONENT / OCTAVE))
-    sizes = ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)
-    return {"positions": positions.reshape(-1), "row_steps": p.row_steps.astype(np.int16),
-            "col_steps": col_steps.astype(np.int16), "row_sizes": sizes.astype(np.int16)}
+    reach = (np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1)
+    reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
+    sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
+    bases = [int(np.sort(v)[v.size // 2]) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
+    exponents = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
+    return {"positions": positions.reshape(-1)} | {kind: e.astype(np.int16) for kind, e in exponents.items()}
 
 
 def with_feedback(p: Prepared, step_rows: np.ndarray, step_cols: np.ndarray, buckets: np.ndarray, prices: np.ndarray,
@@ -1443,9 +1462,11 @@ def parse_header(raw: bytes) -> tuple[dict[str, Any], tuple[PlanRow, ...], list[
     for i in range(cursor.number("<H", "header.rows", 0, MAX_TENSORS)):
         plan.append(parse_row(cursor, f"header.row[{i}]", plan[-1].name if plan else ""))
     check_total(plan, cursor.at)
+    states = {row.states for row in plan if row.codec == "grid"}
+    require(len(states) <= 1, "header.rows", cursor.at, f"trellises of {sorted(states)} states", "one for all matrices")
     table = []
     for stream in stream_counts(plan):
-        most = DEFLATE + MAX_RADIX_CODE if stream.startswith("codes:") else DEFLATE
+        most = {"codes": DEFLATE + MAX_RADIX_CODE, "positions": STORED}.get(stream.partition(":")[0], DEFLATE)
         table.append((cursor.number("B", f"header.table[{stream}].method", STORED, most),
                       cursor.number("<I", f"header.table[{stream}].coded_bytes", 0, 2**32 - 1)))
     require(cursor.at == len(raw), "header", cursor.at, f"{len(raw) - cursor.at} bytes after its last field", "none")
@@ -1550,17 +1571,18 @@ def parse_stream(body: bytes, method: int, stream: str, count: int, offset: int)
     return codes
 
 
-def centred(values: np.ndarray) -> np.ndarray:
-    """The median, then the differences from it, which all tensors have alike."""
-    middle = np.sort(values)[values.size // 2]
-    return np.concatenate([middle[None], values - middle])
-
-
-def parse_centred(values: np.ndarray, field: str, offset: int) -> np.ndarray:
-    exponents = values[1:].astype(np.int64) + int(values[0])
-    require(bool((np.abs(exponents) <= MAX_EXPONENT).all()), field, offset, int(np.abs(exponents).max()),
-            f"exponents up to {MAX_EXPONENT}")
-    return exponents.astype(np.int16)
+def parse_grid(plan: Sequence[PlanRow], values: dict[str, dict[str, np.ndarray]], body: bytes, offsets: Mapping[str, int]
+               ) -> None:
+    """Fills in the steps and positions of all grid matrices."""
+    for row in (row for row in plan if row.codec == "grid"):
+        units = values[row.name]["bases"][len(BASES) // 2:]
+        require(units.min() >= 1, f"bases of {row.name}", offsets["bases"], f"a unit of {units.min()}", "at least 1")
+    numel, at = sum(row.numel for row in plan if row.codec == "grid"), offsets["positions"]
+    most = MAX_GRID_RATIO * len(body)
+    require(numel <= most, "positions", at, f"{numel} positions in {len(body)} bytes", f"at most {most}")
+    reader = SymbolReader(body, at)
+    code_grid(reader, plan, values, at)
+    reader.finish()
 
 
 def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[str, int]) -> Tensor:
@@ -1715,12 +1737,11 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
     plan = tuple(s.row for s in tensors.values())
     for stream in list(stream_counts(plan))[len(coded):]:
         if stream == "positions":
-            operations, model = coder_operations(plan, {name: s.values for name, s in tensors.items()})
-            coded[stream] = STORED, rans_encode(operations)
-            prices = model.prices()
+            writer = SymbolWriter()
+            prices = code_grid(writer, plan, {name: s.values for name, s in tensors.items()}, None).prices()
+            coded[stream] = STORED, writer.encoded()
         else:
-            parts = [s.values[stream] for s in tensors.values() if stream in s.values]
-            coded[stream] = pack_stream([centred(part) for part in parts] if stream in GRID_STREAMS else parts)
+            coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
     table = [(method, len(body)) for method, body in coded.values()]
     text = pack_meta(dict(meta))
     require(pack_meta(parse_meta(text, "meta", None)) == text, "meta", None, "keys that are no strings", "a JSON object")
@@ -1744,10 +1765,13 @@ def decode_artifact(data: bytes) -> Artifact:
     counts, end = stream_counts(plan), len(data) - CHECKSUM_BYTES
     total = sum(coded_bytes for _, coded_bytes in table)
     require(start + total == end, "streams", start, f"{total} bytes in the table", f"{end - start} up to the checksum")
-    streams, offsets, at = {"positions": b""}, {}, start
+    streams, offsets, at, positions = {}, {}, start, b""
     for (stream, count), (method, coded_bytes) in zip(counts.items(), table, strict=True):
         body = data[at:at + coded_bytes]
-        streams[stream] = body if stream == "positions" else parse_stream(body, method, stream, count, at)
+        if stream == "positions":
+            positions = body
+        else:
+            streams[stream] = parse_stream(body, method, stream, count, at)
         offsets[stream], at = at, at + coded_bytes
     used, values = dict.fromkeys(counts, 0), {}
     for row in plan:
@@ -1756,11 +1780,9 @@ def decode_artifact(data: bytes) -> Artifact:
             stream = stream_of(kind, row)
             own[kind] = streams[stream][used[stream]:used[stream] + count]
             used[stream] += count
-            if kind in GRID_STREAMS:
-                own[kind] = parse_centred(own[kind], f"{kind} of {row.name}", offsets[stream])
     assert used == counts
-    for name, positions in decode_positions(plan, values, streams["positions"], offsets.get("positions", 0)).items():
-        values[name]["positions"] = positions
+    if "positions" in offsets:
+        parse_grid(plan, values, positions, offsets)
     state = {row.name: parse_tensor(row, values[row.name], offsets) for row in plan}
     return Artifact(meta, plan, state, part_bytes(start - FIXED.size, counts, table), values)
 
