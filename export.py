@@ -1205,9 +1205,13 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     reach = (np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1)
     reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
-    bases = [int(np.sort(v)[v.size // 2]) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
-    exponents = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
-    return {"positions": positions.reshape(-1)} | {kind: e.astype(np.int16) for kind, e in exponents.items()}
+    bases = [middle_of(v) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
+    kinds = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
+    return {"positions": positions.reshape(-1), **{kind: values.astype(np.int16) for kind, values in kinds.items()}}
+
+
+def middle_of(exponents: np.ndarray) -> int:
+    return int(np.sort(exponents)[exponents.size // 2])
 
 
 def with_feedback(p: Prepared, step_rows: np.ndarray, step_cols: np.ndarray, buckets: np.ndarray, prices: np.ndarray,
@@ -1357,7 +1361,7 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
 
 
 def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics,
-                    code_bytes: int) -> Export:
+                    code_bytes: int, reserve_bytes: int) -> Export:
     """The export of least expected loss in the bytes that EXPORT_BITS or the cap leaves, at most RD_WINDOW_BYTES below them.
     One dial sets all steps, because all costs are in nats: at equal cost x step^2 no bit is worth more elsewhere (Shoham &
     Gersho 1988). Raises ArtifactError where the coarsest grid is too large.
@@ -1369,6 +1373,7 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
     numel = sum(t.numel() for t in state.values())
     cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
     high = math.floor(min(options.export_bits / 8 * numel or math.inf, cap, FINEST_BITS / 8 * numel + RD_WINDOW_BYTES))
+    high -= reserve_bytes
     aim, overhead, found = 8 * (high - min(RD_WINDOW_BYTES / 4, high / 200)), 0.0, []
     prices = SymbolModel(int(options.tcq_states > 0)).prices()
     for _ in range(MAX_DIALS):
@@ -1669,9 +1674,11 @@ class Artifact:
 def encode_artifact(
     state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, *,
     statistics: Statistics | None = None, sensitivity: SensitivityMap | None = None, code_bytes: int = 0,
+    reserve_bytes: int = 0,
 ) -> Export:
-    """The bytes of the file, and what they cost and lose. `statistics` weigh errors; EXPORT_ALLOCATE=hessian needs them as
-    =sensitivity needs its map. The total that is fitted to the cap includes `code_bytes`. Raises ArtifactError, ValueError.
+    """The bytes of the file, and what they cost and lose. `statistics` weigh errors; EXPORT_ALLOCATE=hessian and
+    EXPORT_SCHEME=rd need them as =sensitivity needs its map. The total that is fitted to the cap includes `code_bytes`, and
+    rd leaves `reserve_bytes` of it free. Raises ArtifactError, ValueError.
     """
     if faults := options.problems():
         raise ValueError("; ".join(faults))
@@ -1691,7 +1698,7 @@ def encode_artifact(
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
     if options.export_scheme == "rd":
         assert statistics is not None
-        return rate_distortion(weights, meta, options, statistics, code_bytes)
+        return rate_distortion(weights, meta, options, statistics, code_bytes, reserve_bytes)
     if options.export_rotate:
         weights, statistics = tool("symmetries").rotated(weights, statistics)
     if options.solves:

@@ -55,10 +55,10 @@ from export import (
     Statistics,
     Term,
     decode_artifact,
+    encode_artifact,
     knob,
     plan_lines,
     range_problems,
-    save_artifact,
     shapes_of,
     tool,
     weights_digest,
@@ -195,6 +195,9 @@ class Config(ExportOptions, ModelShape):
     calibration_tokens: int = knob(
         0, "Export", "training tokens, inside the training time, from which the export learns what errors cost; 0 = none",
         free=True)
+    export_tune_steps: int = knob(
+        0, "Export", "rd: steps, inside the training time, that tune the file's steps and small tensors after quantisation;"
+        " 0 = none", free=True)
     sensitivity_map: str = knob("", "Export", "file of scripts/sensitivity.py for EXPORT_ALLOCATE=sensitivity", free=True)
     artifact_every: int = knob(
         0, "Export", "steps between measurements of the artifact's size, beside the training; 0 = none", free=True)
@@ -239,6 +242,7 @@ class Config(ExportOptions, ModelShape):
 
     def tools(self) -> dict[str, str]:
         return super().tools() | {asked: name for wanted, asked, name in (
+            (self.export_tune_steps > 0, f"EXPORT_TUNE_STEPS={self.export_tune_steps}", "tuning"),
             (self.sensitivity_map, f"SENSITIVITY_MAP={self.sensitivity_map}", "sensitivity_map"),
             (self.artifact_every > 0, f"ARTIFACT_EVERY={self.artifact_every}", "size_gauge"),
         ) if wanted}
@@ -250,9 +254,16 @@ class Config(ExportOptions, ModelShape):
             for name in ("muon_momentum", "muon_momentum_warmup_start", "beta1", "beta2")
             if not 0 <= getattr(self, name) < 1]
         found += self.shape_problems() + self.export_options.problems()
-        for given, allocate in (("calibration_tokens", "hessian"), ("sensitivity_map", "sensitivity")):
-            if self.export_allocate == allocate and not getattr(self, given):
-                found.append(f"EXPORT_ALLOCATE={allocate} needs {given.upper()}")
+        rd = self.export_scheme == "rd"
+        found += [text for wrong, text in (
+            (self.export_allocate == "hessian" and not self.calibration_tokens,
+             "EXPORT_ALLOCATE=hessian needs CALIBRATION_TOKENS"),
+            (self.export_allocate == "sensitivity" and not self.sensitivity_map,
+             "EXPORT_ALLOCATE=sensitivity needs SENSITIVITY_MAP"),
+            (rd and not self.calibration_tokens, "EXPORT_SCHEME=rd needs CALIBRATION_TOKENS"),
+            (rd and self.artifact_every > 0, "ARTIFACT_EVERY measures EXPORT_SCHEME=int8_zlib alone; unset one of them"),
+            (self.export_tune_steps > 0 and not rd, "EXPORT_TUNE_STEPS needs EXPORT_SCHEME=rd"),
+        ) if wrong]
         if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
@@ -1566,11 +1577,12 @@ def calibrate(model: GPT, batches: Iterator[Tensor], rt: Runtime, seed: int) -> 
 
 
 def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is; at most
-    a quarter of the cap, because the first step's pace is not the run's.
+    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is (for
+    steps of EXPORT_TUNE_STEPS 1.5 times); at most a quarter of the cap, because the first step's pace is not the run's.
     """
-    at_pace = cfg.calibration_tokens / cfg.train_batch_tokens * elapsed_ms / max(step, 1)
-    return min(1000 + 2 * at_pace, 250 * cfg.max_wallclock_seconds) if cfg.calibration_tokens else 0.0
+    steps = 2 * cfg.calibration_tokens / cfg.train_batch_tokens + 1.5 * cfg.export_tune_steps
+    needed_ms = 1000 + steps * elapsed_ms / max(step, 1)
+    return min(needed_ms, 250 * cfg.max_wallclock_seconds) if cfg.calibration_tokens else 0.0
 
 
 def calibrate_job(job: Job) -> Statistics | None:
@@ -1593,7 +1605,7 @@ def calibrate_job(job: Job) -> Statistics | None:
 # Finish: export, read back from disk into a fresh model, evaluate that, sum up.
 # ----------------------------------------------------------------------------------------------------------------------
 
-ARTIFACT_NAME = "final_model.int8.ptz"
+ARTIFACTS = {"int8_zlib": ("final_model.int8.ptz", "int8+zlib"), "rd": ("final_model.rd.anlm", "rd")}   # file, name in logs
 
 
 def source_files() -> list[Path]:
@@ -1610,26 +1622,31 @@ def code_bytes() -> int:
 
 def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     """Writes the artifact (rank 0 only, the others get None) and prints the challenge's size lines."""
-    if not job.rt.master:
+    t0, cfg, export, state = time.perf_counter(), job.cfg, None, job.model.state_dict()
+    file_name, name = ARTIFACTS[cfg.export_scheme]
+    weights = job.folder.path / "final_model.safetensors"
+    reserve = tool("tuning").reserve_bytes(state) if cfg.export_tune_steps else 0
+    if job.rt.master:
+        write_checkpoint(weights, state, {"artifact_meta": job.meta})       # first: a failing export loses nothing
+        job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
+        export = encode_artifact(state, job.meta, cfg.export_options, statistics=statistics, sensitivity=read_map(cfg),
+                                 code_bytes=code_bytes(), reserve_bytes=reserve)
+    if cfg.export_tune_steps:
+        export = tool("tuning").tune(job, export, reserve)
+    if export is None:
         return None
-    t0 = time.perf_counter()
-    state, cfg = job.model.state_dict(), job.cfg
-    weights = job.folder.path / "final_model.safetensors"   # written first: a failing export loses nothing
-    write_checkpoint(weights, state, {"artifact_meta": job.meta})
-    job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
-    code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
-    export = save_artifact(job.folder.path / ARTIFACT_NAME, state, job.meta, cfg.export_options, statistics=statistics,
-                           sensitivity=read_map(cfg), code_bytes=code)
-    report = export.report
+    write_atomically(job.folder.path / file_name, export.data)
     if not cfg.save_raw_checkpoint:
         weights.unlink()
+    report = export.report
     for line in (*plan_lines(export.tensors.values()), *report.lines()) if report.planned_bytes else report.lines():
         job.folder.log(line)
+    code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
-        f"Serialized model int8+zlib: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
+        f"Serialized model {name}: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
         f"raw:{raw} ratio:{raw / report.total_bytes:.2f}x)")
-    job.folder.log(f"Total submission size int8+zlib: {report.total_bytes + code} bytes")
+    job.folder.log(f"Total submission size {name}: {report.total_bytes + code} bytes")
     if report.floored_share > 0.5:
         job.folder.log(
             f"warning: the step of {report.floored_share:.0%} of the quantised weights sits at INT8_SCALE_FLOOR="
@@ -1674,15 +1691,16 @@ def shape_from_meta(meta: Mapping[str, Any]) -> ModelShape:
 
 def roundtrip(job: Job) -> EvalResult:
     """Reads the artifact from disk (rank 0; the others receive its bytes) and evaluates it in a fresh model."""
-    path = job.folder.path / ARTIFACT_NAME
+    scheme = job.cfg.export_scheme
+    path = job.folder.path / ARTIFACTS[scheme][0]
     artifact: Artifact = decode_artifact(job.rt.broadcast(path.read_bytes() if job.rt.master else b""))
     model = job.rt.compile(load_model(artifact.state, artifact.meta, job.rt))
     result = job.evaluate(model, job.cfg.roundtrip_val_max_tokens or job.cfg.val_max_tokens)
     job.seconds["roundtrip"] = result.seconds
     job.folder.log(
-        f"final_int8_zlib_roundtrip val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
+        f"final_{scheme}_roundtrip val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
         f"eval_time:{1000 * result.seconds:.0f}ms")
-    job.folder.log(f"final_int8_zlib_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+    job.folder.log(f"final_{scheme}_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
     return result
 
 
@@ -1695,7 +1713,8 @@ def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResul
         "run_id": job.folder.path.name, "step": job.step, "iterations": job.cfg.iterations, "seed": job.cfg.seed,
         "train_tokens_seen": job.step * job.cfg.train_batch_tokens, "params": sum(p.numel() for p in job.model.parameters()),
         "pre_roundtrip": asdict(before), "roundtrip": asdict(after) if after else None,
-        "artifact": ARTIFACT_NAME, "artifact_bytes": report.total_bytes, "code_bytes": code, "total_bytes": total,
+        "export_scheme": job.cfg.export_scheme, "artifact": ARTIFACTS[job.cfg.export_scheme][0],
+        "artifact_bytes": report.total_bytes, "code_bytes": code, "total_bytes": total,
         "cap_bytes": cap, "under_cap": not over, "bits_per_weight": report.bits_per_weight,
         "floored_share": report.floored_share, "rms_error": report.rms_error, "planned_bytes": report.planned_bytes,
         "expected_nats": report.expected_nats, "permutation_gains": report.permutation_gains, "parts": report.parts,
