@@ -1139,7 +1139,9 @@ def curvature(w: np.ndarray, terms: Sequence[Term]) -> Curvature:
         first, second = (np.diag(inner), np.diag(outer)) if term.transposed else (outer, inner)
         rows, moment = rows + first * np.trace(second), moment + second * first.sum()
         total += first.sum() * np.trace(second)
-    rows, tiny = rows / max(total, 1e-300), 1e-30
+    if not total > 0 or not w.any():        # nothing says that an error costs anything
+        return Curvature(np.full(w.shape[0], 1e-20), np.eye(w.shape[1]))
+    rows, tiny = rows / total, 1e-30
     size = np.maximum((w * w).mean(1), tiny * max(float((w * w).mean()), tiny))
     rows = rows + GRID_DAMPING * (rows * size).mean() / size
     size = np.maximum((w * w * rows[:, None]).mean(0), tiny * max(float((w * w * rows[:, None]).mean()), tiny))
@@ -1179,7 +1181,7 @@ def prepare(name: str, w: Tensor, terms: Sequence[Term]) -> Prepared:
     diagonal = np.diag(factor).copy()
     row_log = -0.5 * np.log2(cost.rows)
     middle = float(np.median(row_log))
-    row_steps = ROW_TABLE * np.rint((row_log - middle) * OCTAVE / ROW_TABLE)
+    row_steps = ROW_TABLE * np.rint((row_log - middle).clip(-8, 8) * OCTAVE / ROW_TABLE)
     columns = np.ascontiguousarray(matrix.T[order])
     sizes = 0.5 * np.log2(np.maximum(np.square(columns / np.exp2(row_steps / OCTAVE)).mean(1), 1e-30))
     return Prepared(name, columns, np.triu(factor / diagonal, 1), order, row_steps.astype(np.int64),
@@ -1189,9 +1191,14 @@ def prepare(name: str, w: Tensor, terms: Sequence[Term]) -> Prepared:
 def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.ndarray) -> dict[str, np.ndarray]:
     """The matrix's values for the file: positions, steps, and the sizes of rows that the coder's contexts start from."""
     half = 1.0 if states else 0.0       # a trellis has a grid of twice the density
-    col_steps = (COL_TABLE * np.rint((p.log_steps + dial - half) * OCTAVE / COL_TABLE)).astype(np.int64)
-    col_steps = col_steps.clip(-MAX_EXPONENT, MAX_EXPONENT)
-    step_rows, step_cols = (steps(e).astype(np.float64) for e in (p.row_steps, col_steps))
+    step_rows = steps(p.row_steps).astype(np.float64)
+    peaks = (np.abs(p.columns) / step_rows).max(1)
+    peaks = np.log2(np.maximum(peaks, max(float(peaks.max()) * 2.0**-10, 2.0**-20)))
+    log_steps = (p.log_steps + dial - half).clip(peaks - MAX_AIM.bit_length() + 2, peaks + 3)  # positions up to 2^13, or 0
+    col_steps = (COL_TABLE * np.rint(log_steps * OCTAVE / COL_TABLE)).astype(np.int64)
+    most = 2.0 ** float(peaks.max())
+    require(np.abs(col_steps).max() <= MAX_EXPONENT, f"tensor {p.name}", None, f"magnitudes up to {most:g}", "up to 2^40")
+    step_cols = steps(col_steps).astype(np.float64)
     expected = np.abs(p.columns).mean(0) / step_rows, np.abs(p.columns).mean(1) / step_cols
     mean = max(float((np.abs(p.columns) / step_cols[:, None] / step_rows).mean()), 1e-30)
     level = [np.log2(np.maximum(e, 1e-30)) for e in expected]
