@@ -17,9 +17,8 @@ Entries also keep matrices of up to 65,536 weights in fp16. On their shapes ther
 would be those, so every matrix is quantised unless `keep_numel` says otherwise.
 
 The file: u8, 1 if the first stream is shuffled; u8 count of streams, their u32 lengths; the streams, each under the codec by
-itself. First stream: u32 length of a JSON list of [name, "q" or "f", shape], the list, padded with spaces
-to an even offset; fp16 steps of all matrices, fp16 values of the rest. Then for each kind of matrix int8 codes, column after
-column.
+itself. First stream: u32 length of a JSON list of [name, "q" or "f", shape], the list, padded with spaces to an even offset;
+fp16 steps of all matrices, fp16 values of the rest. Then for each kind of matrix int8 codes, column after column.
 """
 from __future__ import annotations
 
