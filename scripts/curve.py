@@ -273,7 +273,7 @@ def run(args: argparse.Namespace, chosen: Sequence[Scheme], coders: Sequence[str
         subject, held = Subject(path, state, meta, args), rows.setdefault(path, {})
         facts = (export.weights_digest(state), args.max_tokens)
         base = cache.get(("float", *facts), functools.partial(float_bpb, subject))
-        for scheme, point in [(scheme, point) for scheme in chosen for point in scheme.points]:
+        for scheme, point in [(each, point) for each in chosen for point in each.points]:
             key = (scheme.name, point, *facts, args.calibration_tokens, *(coders if scheme.name in RD_STATES else ()))
             row = cache.get(key, functools.partial(measure, subject, scheme, point, base, coders))
             held.setdefault(scheme.name, []).append(row | {"checkpoint": path})
