@@ -31,8 +31,8 @@ def problem(seed: int, rows: int, cols: int, samples: int, mixing: float = 1.0) 
 
 
 def plain_gptq(w: np.ndarray, hessian: np.ndarray, steps: np.ndarray, q_max: int, damping: float) -> np.ndarray:
-    """Optimal brain quantisation in a fixed order, row by row: the inverse of what is left is taken anew for each column, and
-    no factorisation, block or reordering is needed (Hassibi & Stork 1993, equation 5).
+    """Optimal brain quantisation in a fixed order, row by row: the inverse of what is left is taken anew for each column,
+    without any factorisation or block (Hassibi & Stork 1993, equation 5).
     """
     n = w.shape[1]
     damped = hessian + damping * np.mean([hessian[i, i] for i in range(n)]) * np.eye(n)
@@ -213,7 +213,7 @@ def test_tensors_that_are_no_floats_are_refused():
 
 
 def test_a_missing_package_is_one_clear_message():
-    with pytest.raises(ValueError, match="needs the package no_such_codec: pip install -r requirements-dev.txt"):
+    with pytest.raises(ValueError, match="needs the package no_such_codec: pip install -r requirements-dev"):
         peers.optional("no_such_codec")
 
 
