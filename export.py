@@ -1202,7 +1202,9 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     positions[:, p.order] = placed.T
     col_steps = np.empty_like(ordered)
     col_steps[p.order] = ordered
-    reach = (np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1)
+    magnitudes = np.abs(positions)
+    usual = magnitudes.mean(0) + 2.0**-12           # of a column: wide ones must not speak for the row
+    reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
     reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
     bases = [int(np.sort(v)[v.size // 2]) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
