@@ -1119,6 +1119,7 @@ FEEDBACK_BLOCK = 64     # columns between two updates of all the columns to come
 MAX_AIM = 2**15 - 2     # steps; what the escape can say
 GAUSS_RATE = 13.0       # a rate of 0.5 log2(1 + 13 (sigma / step)^2) bits is 1.85 + log2(sigma / step) at high resolution
 RD_WINDOW_BYTES, MAX_DIALS = 2000, 8
+MAX_ROW_STEP = 16 * OCTAVE // 8         # in units of ROW_TABLE: rows of zeros would take ever finer ones
 COL_TABLE, ROW_TABLE = 4, 8             # column steps are multiples of 1/8 octave, row steps and sizes of 1/4
 
 
@@ -1141,10 +1142,10 @@ def curvature(w: np.ndarray, terms: Sequence[Term]) -> Curvature:
         total += first.sum() * np.trace(second)
     rows, tiny = rows / max(total, 1e-300), 1e-30
     size = np.maximum((w * w).mean(1), tiny * max(float((w * w).mean()), tiny))
-    rows = rows + GRID_DAMPING * (rows * size).mean() / size
+    rows = rows + GRID_DAMPING * max(float((rows * size).mean()), tiny) / size      # no gradient at all: all rows alike
     size = np.maximum((w * w * rows[:, None]).mean(0), tiny * max(float((w * w * rows[:, None]).mean()), tiny))
     cost = np.diag(moment) * size
-    return Curvature(rows, moment + np.diag((GRID_DAMPING * cost.mean() + 1e-9 * cost) / size))
+    return Curvature(rows, moment + np.diag((GRID_DAMPING * max(float(cost.mean()), tiny) + 1e-9 * cost) / size))
 
 
 @dataclass
@@ -1179,7 +1180,7 @@ def prepare(name: str, w: Tensor, terms: Sequence[Term]) -> Prepared:
     diagonal = np.diag(factor).copy()
     row_log = -0.5 * np.log2(cost.rows)
     middle = float(np.median(row_log))
-    row_steps = ROW_TABLE * np.rint((row_log - middle) * OCTAVE / ROW_TABLE)
+    row_steps = ROW_TABLE * np.rint((row_log - middle) * OCTAVE / ROW_TABLE).clip(-MAX_ROW_STEP, MAX_ROW_STEP)
     columns = np.ascontiguousarray(matrix.T[order])
     sizes = 0.5 * np.log2(np.maximum(np.square(columns / np.exp2(row_steps / OCTAVE)).mean(1), 1e-30))
     return Prepared(name, columns, np.triu(factor / diagonal, 1), order, row_steps.astype(np.int64),
@@ -1207,6 +1208,7 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
     reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
+    sizes = sizes.clip(-MAX_EXPONENT, MAX_EXPONENT)                         # matrices of zeros
     bases = [int(np.sort(v)[v.size // 2]) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
     exponents = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
     return {"positions": positions.reshape(-1)} | {kind: e.astype(np.int16) for kind, e in exponents.items()}
