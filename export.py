@@ -254,7 +254,7 @@ class ExportOptions:
              f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
             (self.export_allocate != "uniform" and unused,
              f"EXPORT_ALLOCATE={self.export_allocate} chooses what {', '.join(unused)} would set; unset one of them"),
-            (self.solves and self.artifact_cap_bytes == 0,
+            (self.solves and not rd and self.artifact_cap_bytes == 0,
              f"CAP_POLICY={self.cap_policy} with EXPORT_ALLOCATE={self.export_allocate} needs ARTIFACT_CAP_BYTES above 0"),
         ) if wrong]
 
