@@ -20,6 +20,7 @@ from dataclasses import replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -278,8 +279,8 @@ def cost_of(path: Sequence[int], aim: np.ndarray, buckets: np.ndarray, prices: n
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("states", [0, 4, 8])
 def test_no_other_path_is_better(states: int, seed: int) -> None:
-    """Against all paths over -4..4, with the prices of a trained model, which grow with the magnitude: then the two positions
-    around the aim and zero are all that can be best.
+    """Against all paths over -4..4, with a model's prices, which grow with the magnitude: then the two positions around
+    the aim and zero are all that can be best.
     """
     rng, rows, doubled = generator(seed), 5 if states else 4, int(states > 0)
     raw_bits, penalty = shifts(doubled), (0.0, 0.15, 0.4)[seed % 3]
@@ -299,9 +300,9 @@ def test_of_its_candidates_the_search_takes_the_best_at_any_prices(seed: int) ->
     rng, states, rows = generator(seed), (4, 8)[seed % 2], 7
     aim, buckets = 3 * rng.standard_normal(rows), rng.integers(0, 30, rows)
     prices, raw_bits = 9 * rng.random((export.BUCKETS, 2, SYMBOLS)), shifts(1)
-    around = [[p for p in range(math.ceil(a) - 4, math.ceil(a) + 4)] + [0] for a in aim.tolist()]
+    around = [[*range(math.ceil(a) - 4, math.ceil(a) + 4), 0] for a in aim.tolist()]
     paths: list[tuple[tuple[int, ...], int, float]] = [((), 0, 0.0)]
-    for i in range(rows):       # enumerate, but of equal ends keep the best: exact by Bellman, unlike the searches' own loops
+    for i in range(rows):       # of paths that end in one state the best one is kept (Bellman)
         longer: dict[int, tuple[tuple[int, ...], int, float]] = {}
         for (path, state, cost), p in itertools.product(paths, around[i]):
             if (p - state) % 2 == 0:
@@ -400,7 +401,7 @@ def grid_matrices(draw: st.DrawFn) -> list[tuple[PlanRow, dict[str, np.ndarray]]
     return found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(grid_matrices())
 def test_every_matrix_is_read_back(owned: list[tuple[PlanRow, dict[str, np.ndarray]]]) -> None:
     assert_read_back(*owned)
@@ -541,13 +542,13 @@ def plain_positions(body: bytes, row: PlanRow, values: Mapping[str, np.ndarray])
                     slot, symbol = slot - share[symbol], symbol + 1
                 symbols.append(symbol)
                 advance(j % lanes, share[symbol], sum(share[:symbol]))
-            kept = [16 if symbol == 127 else max(b // 4 - 6 - doubled - 2, 0) for symbol, b in zip(symbols, bucket, strict=True)]
+            raw = [max(b // 4 - 8 - doubled, 0) for b in bucket]
+            kept = [16 if symbol == 127 else n for symbol, n in zip(symbols, raw, strict=True)]
             codes = [0 if symbol == 127 else (symbol - 63) << n for symbol, n in zip(symbols, kept, strict=True)]
             for j, n in enumerate(kept if any(kept) else []):
                 low = states[j % lanes] % 2**16 >> (16 - n)
                 advance(j % lanes, 2 ** (16 - n), low << (16 - n))
                 codes[j] += low - 2**16 * (symbols[j] == 127 and low >= 2**15)
-            raw = [max(b // 4 - 8 - doubled, 0) for b in bucket]
             high = [code >> n for code, n in zip(codes, raw, strict=True)]
             tables.saw([(c, h + 63 if abs(h) <= 63 else 127) for c, h in zip(contexts, high, strict=True)])
             found.append([(code << doubled) + c[1] for code, c in zip(codes, contexts, strict=True)])
@@ -719,19 +720,20 @@ def test_scaling_a_matrix_changes_its_steps_alone(states: int) -> None:
 
 
 def test_scaling_rows_and_columns_apart_costs_nothing() -> None:
-    """Each by a power of two of its own: the steps follow, so that bytes and loss stay within what their rounding does."""
-    w, term = correlated(5, 240, 60)
+    """Each by a power of two of its own: the steps follow. What is left is the rounding of the steps, another order of
+    columns, and in the coder the rows that it takes to learn how large each column is.
+    """
+    w, term = correlated(5, 600, 60)
     rng, found = generator(0), []
-    rows, cols = (torch.from_numpy(2.0 ** rng.integers(-5, 6, n)) for n in w.shape)
+    rows, cols = (torch.from_numpy(2.0 ** rng.integers(-2, 3, n)) for n in w.shape)
     for matrix, own in ((w, term), scaled(w, term, rows, cols)):
         p = prepare("w", matrix, [own])
         writer, values = placed(p, matrix, export.dial_for([p], 3.0 * w.numel()), 8)
         error = matrix.numpy() - values["positions"].reshape(w.shape) * steps_of(values)
         positions = bits_of([o for o in writer.operations if o[0].size == w.shape[1]])
-        found.append((positions / w.numel(), second_order(error, own.rows.numpy(), own.moment.numpy()), p.costs))
-    (bits, loss, _), (other_bits, other_loss, _) = found
-    assert abs(other_bits - bits + math.log2(other_loss / loss) / 2) < 0.02
-    assert abs(other_bits - bits) < 0.05
+        found.append((positions / w.numel(), second_order(error, own.rows.numpy(), own.moment.numpy())))
+    (bits, loss), (other_bits, other_loss) = found
+    assert abs(other_bits - bits + math.log2(other_loss / loss) / 2) < 0.03
 
 
 def test_dead_inputs_and_outputs_and_zero_rows_are_no_trouble() -> None:
@@ -748,3 +750,348 @@ def test_dead_inputs_and_outputs_and_zero_rows_are_no_trouble() -> None:
             restored = export.restore(PlanRow("w", (30, 20), "float64", "grid", states=4), values)
             assert bool(restored.isfinite().all())
             assert float((restored - matrix).abs().max()) <= 3 * float(matrix.abs().max())
+
+
+# --- whole files ----------------------------------------------------------------------------------------------------------
+
+
+def tiny_state(**changes: Any) -> dict[str, Tensor]:
+    """A model's weights: periodic ones and noise that no version of a library changes."""
+    state = dict(filled_model(tiny_shape(**changes)).state_dict())
+    for i, (name, t) in enumerate(sorted(state.items())):
+        if t.ndim == 2:
+            state[name] = t + torch.from_numpy(bell(i, tuple(t.shape), 1000) / 2000).float()
+    return state
+
+
+def statistics_for(state: Mapping[str, Tensor]) -> Statistics:
+    """One use of each matrix, two of the embedding; energies spread over an octave or two."""
+    terms = {}
+    for i, (name, (rows, cols)) in enumerate(sorted(matrices(shapes_of(state)).items())):
+        mix = torch.from_numpy(bell(50 + i, (cols, cols + 3), 100) / 100).float()
+        outputs = torch.from_numpy(np.abs(bell(90 + i, (rows,), 100)) + 1.0).float() / 1000
+        terms[name] = (Term(outputs, mix @ mix.T / cols),)
+        if name == "tok_emb.weight":
+            used = torch.from_numpy(np.abs(bell(7, (rows,), 100)) / 100).float()
+            terms[name] += (Term(torch.ones(cols), used.diag(), transposed=True),)
+    return Statistics(weights_digest(state), 1000, terms)
+
+
+def rd(**changes: Any) -> ExportOptions:
+    return replace(ExportOptions(export_scheme="rd", tcq_states=4, artifact_cap_bytes=0), **changes)
+
+
+SMALL = {"num_layers": 2, "model_dim": 24, "vocab_size": 61}
+LARGE = {"num_layers": 2, "model_dim": 96, "vocab_size": 61}
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[dict[str, Tensor], Statistics]:
+    state = tiny_state(**SMALL)
+    return state, statistics_for(state)
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[dict[str, Tensor], Statistics]:
+    state = tiny_state(**LARGE)
+    return state, statistics_for(state)
+
+
+@pytest.fixture(scope="module")
+def small_file(small: tuple[dict[str, Tensor], Statistics]) -> bytes:
+    state, statistics = small
+    return encode_artifact(state, {"m": 1}, rd(export_bits=5.0), statistics=statistics).data
+
+
+@pytest.mark.parametrize("states", [0, 8])
+def test_a_file_is_read_as_it_was_reconstructed(small: tuple[dict[str, Tensor], Statistics], states: int) -> None:
+    state, statistics = small
+    written = encode_artifact(state, {"m": 1}, rd(export_bits=6.0, tcq_states=states), statistics=statistics)
+    artifact = decode_artifact(written.data)
+    assert same(artifact.state, {name: export.restore(s.row, s.values) for name, s in written.tensors.items()})
+    assert artifact.plan == tuple(s.row for s in written.tensors.values())
+    assert artifact.parts == written.report.parts
+    assert sum(artifact.parts.values()) == len(written.data) == written.report.total_bytes
+    assert all(artifact.state[k].dtype == v.dtype and artifact.state[k].shape == v.shape for k, v in state.items())
+    assert {row.name for row in artifact.plan if row.codec == "grid"} == set(matrices(shapes_of(state)))
+    assert {row.states for row in artifact.plan if row.codec == "grid"} == {states}
+    assert 0 < written.report.rms_error < 0.2
+    assert artifact.meta["m"] == 1
+    for name, values in artifact.values.items():
+        assert all(np.array_equal(array, written.tensors[name].values[kind]) for kind, array in values.items())
+    losses = sum(export.expected_loss(state[name] - artifact.state[name], terms)
+                 for name, terms in statistics.terms.items())
+    assert written.report.expected_nats == pytest.approx(losses, rel=1e-5)
+
+
+def test_equal_states_give_equal_bytes(small: tuple[dict[str, Tensor], Statistics], small_file: bytes) -> None:
+    state, statistics = small
+    shuffled = dict(sorted(state.items(), key=lambda item: hashlib.md5(item[0].encode()).digest()))
+    turned = replace(statistics, terms=dict(reversed(statistics.terms.items())))
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            again = encode_artifact(shuffled, {"m": 1}, rd(export_bits=5.0), statistics=turned)
+            assert again.data == small_file
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("target", "states"), [(30_000, 4), (48_000, 0), (48_000, 8), (75_001, 4), (110_000, 4)])
+def test_the_total_ends_in_its_window(large: tuple[dict[str, Tensor], Statistics], target: int, states: int) -> None:
+    state, statistics = large
+    written = encode_artifact(state, {}, rd(artifact_cap_bytes=target + 1234, tcq_states=states), statistics=statistics,
+                              code_bytes=1234)
+    assert target - export.RD_WINDOW_BYTES <= len(written.data) <= target
+    assert written.report.planned_bytes == target
+
+
+def test_bits_are_of_the_whole_artifact_and_the_cap_still_holds(large: tuple[dict[str, Tensor], Statistics]) -> None:
+    state, statistics = large
+    numel = sum(t.numel() for t in state.values())
+    for bits, cap, most in ((3.0, 10**6, 3.0 * numel / 8), (6.0, 40_000, 40_000)):
+        written = encode_artifact(state, {}, rd(export_bits=bits, artifact_cap_bytes=cap), statistics=statistics)
+        assert most - export.RD_WINDOW_BYTES - 1 <= len(written.data) <= most
+
+
+def test_more_room_is_never_more_loss(large: tuple[dict[str, Tensor], Statistics]) -> None:
+    state, statistics = large
+    losses = [encode_artifact(state, {}, rd(export_bits=bits), statistics=statistics).report.expected_nats
+              for bits in (2.0, 3.0, 4.5)]
+    assert losses[0] > 3 * losses[1] > 12 * losses[2]
+
+
+def test_what_cannot_fit_is_refused_and_nothing_is_written(
+    small: tuple[dict[str, Tensor], Statistics], tmp_path: Path
+) -> None:
+    state, statistics = small
+    with pytest.raises(ArtifactError, match=r"plan: found \d+ bytes at the coarsest tried .* expected at most 500"):
+        export.save_artifact(tmp_path / "model", state, {}, rd(artifact_cap_bytes=500), statistics=statistics)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_finest_grid_is_bounded(small: tuple[dict[str, Tensor], Statistics]) -> None:
+    """A cap far above what the weights can use is no reason to store noise."""
+    state, statistics = small
+    written = encode_artifact(state, {}, rd(artifact_cap_bytes=16_000_000), statistics=statistics)
+    assert len(written.data) <= export.FINEST_BITS / 8 * sum(t.numel() for t in state.values()) + export.RD_WINDOW_BYTES
+    reconstruction = {name: export.restore(s.row, s.values) for name, s in written.tensors.items()}
+    assert same(decode_artifact(written.data).state, reconstruction)
+
+
+@pytest.mark.parametrize("case", ["one zero matrix", "a zero row and column", "no gradient", "all zero", "other dtypes"])
+def test_awkward_states_are_files(small: tuple[dict[str, Tensor], Statistics], case: str) -> None:
+    state, statistics = ({**small[0]}, small[1])
+    name, terms = "blocks.0.attn.proj.weight", dict(statistics.terms)
+    if case == "one zero matrix":
+        state[name] = torch.zeros_like(state[name])
+    elif case == "a zero row and column":
+        state[name] = state[name].clone()
+        state[name][3], state[name][:, 5] = 0, 0
+    elif case == "no gradient":
+        terms[name] = tuple(Term(t.rows * 0, t.moment) for t in terms[name])
+        terms["blocks.1.attn.proj.weight"] = tuple(Term(t.rows, t.moment * 0) for t in terms[name])
+    elif case == "all zero":
+        state = {name: torch.zeros_like(t) for name, t in state.items()}
+    else:
+        state |= {name: state[name].bfloat16(), "blocks.0.mlp.fc.weight": state["blocks.0.mlp.fc.weight"].double(),
+                  "step": torch.tensor(7), "mask": torch.tensor([True])}
+    given = Statistics(weights_digest(state), 1, terms)
+    written = encode_artifact(state, {}, rd(export_bits=5.0), statistics=given)
+    artifact = decode_artifact(written.data)
+    assert same(artifact.state, {n: export.restore(s.row, s.values) for n, s in written.tensors.items()})
+    assert all(artifact.state[n].dtype == t.dtype for n, t in state.items())
+    if "zero matrix" in case:
+        assert not artifact.state[name].any()
+
+
+def test_statistics_are_needed_and_must_be_of_these_weights(small: tuple[dict[str, Tensor], Statistics]) -> None:
+    state, statistics = small
+    with pytest.raises(ValueError) as caught:
+        encode_artifact(state, {}, rd(export_bits=4.0))
+    assert str(caught.value) == "EXPORT_SCHEME=rd needs calibration statistics"
+    other = {**state, "blocks.0.attn.c_q.weight": state["blocks.0.attn.c_q.weight"] * 2}
+    with pytest.raises(ArtifactError, match="calibration statistics: found those of other weights"):
+        encode_artifact(other, {}, rd(export_bits=4.0), statistics=statistics)
+    fewer = replace(statistics, terms={k: v for k, v in statistics.terms.items() if "c_q" not in k})
+    with pytest.raises(ArtifactError, match=r"calibration statistics of blocks\.0\.attn\.c_q\.weight: found none"):
+        encode_artifact(state, {}, rd(export_bits=4.0), statistics=fewer)
+
+
+OPTION_FAULTS: dict[str, tuple[ExportOptions, str]] = {
+    "of the other scheme": (rd(export_bits=4.0, int8_axis_mode="col", export_permute="mlp", export_allocate="hessian"), (
+        "EXPORT_SCHEME=rd has no use for INT8_AXIS_MODE, EXPORT_PERMUTE, EXPORT_ALLOCATE; unset one of them")),
+    "of rd": (ExportOptions(export_bits=3.0, tcq_states=8, tcq_lambda=0.3), (
+        "EXPORT_SCHEME=int8_zlib has no use for EXPORT_BITS, TCQ_STATES, TCQ_LAMBDA; unset one of them")),
+    "states": (rd(export_bits=4.0, tcq_states=5), "TCQ_STATES must be 0, 4, 8, 16, 32, 64, 128, 256, got 5"),
+    "no size": (rd(), "EXPORT_SCHEME=rd needs EXPORT_BITS or ARTIFACT_CAP_BYTES above 0"),
+    "bits": (rd(export_bits=9.5), "EXPORT_BITS must be at most 9, got 9.5"),
+    "negative bits": (rd(export_bits=-1.0), "EXPORT_BITS must be at least 0, got -1.0"),
+    "lambda": (rd(export_bits=4.0, tcq_lambda=math.inf), "TCQ_LAMBDA must be finite, got inf"),
+    "scheme": (ExportOptions(export_scheme="zip"), "EXPORT_SCHEME must be int8_zlib or rd, got 'zip'"),
+}
+
+
+@pytest.mark.parametrize("case", OPTION_FAULTS)
+def test_faulty_options_are_named(case: str, small: tuple[dict[str, Tensor], Statistics]) -> None:
+    options, want = OPTION_FAULTS[case]
+    assert want in options.problems()
+    with pytest.raises(ValueError) as caught:
+        encode_artifact(small[0], {}, options, statistics=small[1])
+    assert want in str(caught.value)
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_file() -> bytes:
+    """Two matrices on a grid beside a vector, in a few hundred bytes."""
+    a, b = (torch.from_numpy(bell(i, shape, 100) / 100) for i, shape in ((1, (9, 12)), (2, (9, 5))))
+    state = {"a": a.float(), "b": b.half(), "c": torch.arange(3.0)}
+    terms = {name: (identity(*state[name].shape),) for name in ("a", "b")}
+    statistics = Statistics(weights_digest(state), 1, terms)
+    return encode_artifact(state, {}, rd(artifact_cap_bytes=700), statistics=statistics).data
+
+
+def outcome(data: bytes) -> str:
+    """The field that is refused, or "" for finite tensors of the plan's shapes; nothing else, and soon."""
+    t0 = time.monotonic()
+    artifact, found = None, ""
+    try:
+        artifact = decode_artifact(data)
+    except ArtifactError as fault:
+        found, offset = fault.field, fault.offset
+    if artifact is None:
+        assert isinstance(offset, int)
+    else:
+        assert [(name, tuple(t.shape)) for name, t in artifact.state.items()] == [
+            (row.name, row.shape) for row in artifact.plan]
+        assert all(bool(t.isfinite().all()) for t in artifact.state.values())
+        assert sum(artifact.parts.values()) == len(data)
+    assert time.monotonic() - t0 < 5
+    return found
+
+
+def test_truncations_and_flipped_bits_are_refused(short_file: bytes) -> None:
+    for at in range(len(short_file)):
+        damaged = bytearray(short_file)
+        damaged[at] ^= 1 << at % 8
+        assert outcome(bytes(damaged)) in ("magic", "version", "reserved", "file", "checksum")
+        assert outcome(short_file[:at]) in ("magic", "file")
+
+
+@pytest.mark.parametrize("which", ["positions", "file", "header"])
+def test_mutations_under_a_right_checksum_are_refused_or_tensors(short_file: bytes, small_file: bytes, which: str) -> None:
+    """The decoder ends on any bytes, with a refusal or with some weights, and in seconds."""
+    rng, outcomes = random.Random(3), []
+    parts = {data: decode_artifact(data).parts for data in (small_file, short_file)}
+    for i in range({"positions": 50, "file": 150, "header": 400}[which]):
+        data = small_file if i % 25 == 0 else short_file
+        header, start = export.unframe(data)
+        at = len(data) - 8 - parts[data]["positions"]
+        if which == "header":
+            damaged = packed_file(mutated(rng, header), data[start:-8])
+        elif which == "file":
+            damaged = sealed(mutated(rng, data))
+        else:
+            damaged = bytearray(data)
+            damaged[rng.randrange(at, len(data) - 8)] = rng.randrange(256)
+            damaged = sealed(damaged)
+        outcomes.append(outcome(damaged))
+    refused = {field.partition(".")[0].partition("[")[0] for field in outcomes}
+    assert len(refused - {""}) > (which != "positions"), refused
+
+
+def grid_file(body: bytes, bases: Sequence[int] = (0, 0, 0, 1, 1, 1), count: int = 1, **fields: Any) -> bytes:
+    """A file of `count` grid matrices, written from the format alone."""
+    rows = [packed_row(**GRID, **fields | {"name": b"w%d" % i}) for i in range(count)]
+    coded = planes("h", [*bases] * count)
+    return packed_file(packed_header(rows, [0, 0, 0, 0, 0, 0, len(coded), len(body)]), coded + body)
+
+
+def test_a_file_written_from_the_specification_alone_is_read() -> None:
+    """Restored by hand: 2^(k / 32) with the mantissa rounded down, k the sum of the two steps."""
+    body, _ = written(grid_matrix("w", np.array([[2, -4, 0], [1, 3, -1]]), 0, row_steps=[32, -16], col_steps=[0, 8, 64]))
+    root = [np.float32(math.floor(2 ** (k / 32) * 2**23) / 2**23) for k in (8, 16, 24)]
+    wanted = [[4, -8 * root[0], 0], [root[1] / 2, 3 * root[2] / 2, -2 * root[1]]]
+    assert decode_artifact(grid_file(body)).state["w0"].tolist() == np.array(wanted, np.float32).tolist()
+
+
+def test_malformed_positions_are_refused() -> None:
+    body, _ = written(grid_matrix("w", np.array([[2, -4, 0], [1, 3, -1]]), 0))
+    assert decode_artifact(grid_file(body)).state["w0"].tolist() == [[2, -4, 0], [1, 3, -1]]
+    head = 1 + export.STATE_BYTES * 8
+    assert body[0] == 3
+    start = export.unframe(grid_file(body))[1] + 12
+    low = body[:1] + (2**24 - 1).to_bytes(5, "little") + body[6:]
+    for damaged, want in (
+        (b"", ("positions", "6 positions in 0 bytes", "at most 0")),
+        (b"\2" + body[1:], ("positions.lanes", "2", "3..10")),
+        (b"\x0b" + body[1:], ("positions.lanes", "11", "3..10")),
+        (body[:head - 1], ("positions", f"{head - 1} bytes", f"{head} and then words of two")),
+        (body + b"!", ("positions", f"{len(body) + 1} bytes", f"{head} and then words of two")),
+        (low, ("positions.states", str(2**24 - 1), f">= {2**24}")),
+    ):
+        field, offset, found, expected = fault_of(grid_file(damaged))
+        assert (field, found, expected) == want
+        assert offset == start + (field == "positions.states")
+    field, offset, _, expected = fault_of(grid_file(body + b"!!"))
+    assert (field, offset, expected) == ("positions", start, "a stream that ends with its last position")
+    long, _ = written(grid_matrix("w", np.array([[2, -4, 900], [1000, 3, -1]]), 0))
+    assert len(long) > head
+    data = grid_file(long[:-2])
+    assert fault_of(data) == ("positions", export.unframe(data)[1] + 12, f"{(len(long) - head) // 2 - 1} words", "more")
+
+
+@pytest.mark.parametrize("unit", [0, -1, -(2**15)])
+@pytest.mark.parametrize("which", [3, 4, 5])
+def test_units_below_one_are_refused(which: int, unit: int) -> None:
+    body, _ = written(grid_matrix("w", np.zeros((2, 3), np.int64), 0))
+    bases = [0, 0, 0, 1, 1, 1]
+    bases[which] = unit
+    data = grid_file(body, bases)
+    assert fault_of(data) == ("bases of w0", export.unframe(data)[1], f"a unit of {unit}", "at least 1")
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("base", [1025, -1025, 2**15 - 1, -(2**15)])
+def test_exponents_out_of_range_are_refused(which: int, base: int) -> None:
+    body, _ = written(grid_matrix("w", np.zeros((2, 3), np.int64), 0))
+    bases = [0, 0, 0, 1, 1, 1]
+    bases[which] = base
+    data = grid_file(body, bases)
+    assert fault_of(data) == ("positions", export.unframe(data)[1] + 12, f"an exponent of {abs(base)}", "at most 1024")
+    bases[which] = 1024 if base > 0 else -1024
+    kinds = ("col_steps", "row_steps", "row_sizes")
+    exponents = {kind: np.full(3 if kind == "col_steps" else 2, e) for kind, e in zip(kinds, bases, strict=False)}
+    body, _ = written(grid_matrix("w", np.ones((2, 3), np.int64), 0, **exponents, bases=bases))
+    step = 2.0 ** ((bases[0] + bases[1]) / OCTAVE)
+    assert decode_artifact(grid_file(body, bases)).state["w0"].tolist() == [[step] * 3] * 2
+
+
+def test_more_positions_than_their_bytes_can_say_are_refused_at_once() -> None:
+    body, _ = written(grid_matrix("w", np.zeros((2, 3), np.int64), 0))
+    for dims in ((2**13, len(body) + 1), (2**14, 2**14), (2**28, 1)):
+        t0, data = time.monotonic(), grid_file(body, dims=dims)
+        field, offset, found, expected = fault_of(data)
+        assert (field, offset) == ("positions", export.unframe(data)[1] + 12)
+        assert (found, expected) == (f"{math.prod(dims)} positions in {len(body)} bytes", f"at most {2**13 * len(body)}")
+        assert time.monotonic() - t0 < 0.5
+    assert outcome(grid_file(body, dims=(300, 300))) == "positions"
+
+
+# --- without numba --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_without_numba_says_and_reads_the_same(small_file: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(small_file)
+    code = NO_NUMBA + (
+        "sys.path.insert(0, 'tests'); import export, test_grid as t, test_container as c; from pathlib import Path\n"
+        "print(c.fingerprint(export.load_artifact(sys.argv[1]).state), export.compiled(export.best_path))\n"
+        "state = t.tiny_state(**t.SMALL); statistics = t.statistics_for(state)\n"
+        "data = export.encode_artifact(state, {'m': 1}, t.rd(export_bits=5.0), statistics=statistics).data\n"
+        "print(data == Path(sys.argv[1]).read_bytes())")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], cwd=ROOT, env={}, text=True,
+                         capture_output=True, check=False)
+    assert run.stdout.split() == [fingerprint(decode_artifact(small_file).state), "None", "True"], run.stderr
