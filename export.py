@@ -254,7 +254,7 @@ class ExportOptions:
              f"INT8_RESIDUAL_RANK must be at most {MAX_RANK}, got {self.int8_residual_rank}"),
             (self.export_allocate != "uniform" and unused,
              f"EXPORT_ALLOCATE={self.export_allocate} chooses what {', '.join(unused)} would set; unset one of them"),
-            (self.solves and self.artifact_cap_bytes == 0,
+            (self.solves and not rd and self.artifact_cap_bytes == 0,
              f"CAP_POLICY={self.cap_policy} with EXPORT_ALLOCATE={self.export_allocate} needs ARTIFACT_CAP_BYTES above 0"),
         ) if wrong]
 
@@ -1139,14 +1139,12 @@ def curvature(w: np.ndarray, terms: Sequence[Term]) -> Curvature:
         first, second = (np.diag(inner), np.diag(outer)) if term.transposed else (outer, inner)
         rows, moment = rows + first * np.trace(second), moment + second * first.sum()
         total += first.sum() * np.trace(second)
-    if not total > 0 or not w.any():        # nothing says that an error costs anything
-        return Curvature(np.full(w.shape[0], 1e-20), np.eye(w.shape[1]))
-    rows, tiny = rows / total, 1e-30
+    rows, tiny = rows / max(total, 1e-300), 1e-30
     size = np.maximum((w * w).mean(1), tiny * max(float((w * w).mean()), tiny))
-    rows = rows + GRID_DAMPING * (rows * size).mean() / size
+    rows = rows + GRID_DAMPING * max(float((rows * size).mean()), tiny) / size      # no gradient at all: all rows alike
     size = np.maximum((w * w * rows[:, None]).mean(0), tiny * max(float((w * w * rows[:, None]).mean()), tiny))
     cost = np.diag(moment) * size
-    return Curvature(rows, moment + np.diag((GRID_DAMPING * cost.mean() + 1e-9 * cost) / size))
+    return Curvature(rows, moment + np.diag((GRID_DAMPING * max(float(cost.mean()), tiny) + 1e-9 * cost) / size))
 
 
 @dataclass
@@ -1209,9 +1207,12 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     positions[:, p.order] = placed.T
     col_steps = np.empty_like(ordered)
     col_steps[p.order] = ordered
-    reach = (np.abs(positions) * np.exp2(col_steps / OCTAVE)).mean(1)
+    magnitudes = np.abs(positions)
+    usual = magnitudes.mean(0) + 2.0**-12           # of a column: wide ones must not speak for the row
+    reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
     reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
+    sizes = sizes.clip(-MAX_EXPONENT, MAX_EXPONENT)                         # matrices of zeros
     bases = [middle_of(v) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
     kinds = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
     return {"positions": positions.reshape(-1), **{kind: values.astype(np.int16) for kind, values in kinds.items()}}

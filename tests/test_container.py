@@ -789,6 +789,7 @@ def faulty_row(field: str, offset: int, found: object, expected: str, **fields: 
 
 VECTOR = {"dims": [6]}
 FLOAT = {"codec": 1}
+GRID = {"codec": 4}         # whose rank byte holds log2 of the states
 HEADER_FAULTS: dict[str, tuple[bytes, tuple[str, int, str, str]]] = {
     "empty": (b"\0", ("header.meta_bytes", 0, "1 bytes left", "4 bytes")),
     "meta_bytes": (struct.pack("<I", 2**20 + 1), ("header.meta_bytes", 0, "1048577", "2..1048576")),
@@ -811,8 +812,19 @@ HEADER_FAULTS: dict[str, tuple[bytes, tuple[str, int, str, str]]] = {
     "names unsorted": (packed_header([packed_row(), packed_row(name=b"a")], [6, *TABLE]), (
         "header.row[1].name", 31, "'a'", "a name after 'w'")),
     "dtype": faulty_row("dtype", 10, 10, "0..9", dtype=10),
-    "codec": faulty_row("codec", 11, 4, "0..3", codec=4),
-    "codec of floats": faulty_row("codec", 11, "raw", "int, f16, f32", codec=3),
+    "codec": faulty_row("codec", 11, 5, "0..4", codec=5),
+    "codec of floats": faulty_row("codec", 11, "raw", "int, f16, f32, grid", codec=3),
+    "codec of integers on a grid": faulty_row("codec", 11, "grid", "raw", codec=4, dtype=8),
+    "axis of a grid": faulty_row("axis", 12, "col", "row", axis=1, **GRID),
+    "layout of a grid": faulty_row("layout", 13, "cols", "rows", layout=1, **GRID),
+    "kept of a grid": faulty_row("kept", 14, "rows", "none", kept=1, kept_count=1, **GRID),
+    "states of a grid": faulty_row("states", 15, 9, "0..8", rank=9, **GRID),
+    "two states": faulty_row("states", 15, "2 for 2 dims", "0, 4..256 for 2 dims", rank=1, **GRID),
+    "grid of a vector": faulty_row("states", 15, "0 for 1 dims", "0, 4..256 for 2 dims", **GRID, **VECTOR),
+    "grid of a cube": faulty_row("states", 15, "8 for 3 dims", "0, 4..256 for 2 dims", rank=3, dims=[1, 2, 3], **GRID),
+    "grid of a scalar": faulty_row("states", 15, "0 for 0 dims", "0, 4..256 for 2 dims", dims=[], **GRID),
+    "factors of a grid": faulty_row("factors", 16, "int8", "f16", rank=2, factors=1, **GRID),
+    "kept_count of a grid": faulty_row("kept_count", 17, 1, "0", rank=2, kept_count=1, **GRID),
     "codec of integers": faulty_row("codec", 11, "int", "raw", dtype=8),
     "axis": faulty_row("axis", 12, 3, "0..2", axis=3),
     "axis of a vector": faulty_row("axis", 12, "col", "row", axis=1, **VECTOR),
@@ -863,6 +875,20 @@ HEADER_FAULTS: dict[str, tuple[bytes, tuple[str, int, str, str]]] = {
         "header.table[codes:w].method", 30, "9", "0..8")),
     **{f"method of {kind}": (packed_header([packed_row()], TABLE, methods=[2 * (i == k) for i in range(7)]), (
         f"header.table[{kind}].method", 30 + 5 * k, "2", "0..1")) for k, kind in enumerate(SHARED, 1)},
+    "different states": (packed_header([packed_row(name=name, rank=rank, **GRID) for name, rank in ((b"a", 2), (b"b", 3))],
+                                       [0] * 8), (
+        "header.rows", 52, "trellises of [4, 8] states", "one for all matrices")),
+    "states and none": (packed_header([packed_row(name=name, rank=rank, **GRID) for name, rank in ((b"a", 0), (b"b", 8))],
+                                      [0] * 8), (
+        "header.rows", 52, "trellises of [0, 256] states", "one for all matrices")),
+    "sum on a grid": (packed_header([packed_row(dtype=1, dims=[2**14, 2**15], **GRID)], [0] * 8), (
+        "bytes of all tensors", 30, str(2**31), "at most 1073741824")),
+    "method of bases": (packed_header([packed_row(**GRID)], [0] * 8, methods=[0] * 6 + [2, 0]), (
+        "header.table[bases].method", 60, "2", "0..1")),
+    "method of positions": (packed_header([packed_row(**GRID)], [0] * 8, methods=[0] * 7 + [1]), (
+        "header.table[positions].method", 65, "1", "0")),
+    "table of a grid cut": (packed_header([packed_row(**GRID)], [0] * 7), (
+        "header.table[positions].method", 65, "0 bytes left", "1 bytes")),
     "table cut": (packed_header([packed_row()], TABLE)[:-1], (
         "header.table[index].coded_bytes", 61, "3 bytes left", "4 bytes")),
     "trailing": (packed_header([packed_row()], TABLE) + b"xyz", ("header", 65, "3 bytes after its last field", "none")),
