@@ -17,7 +17,7 @@ import pstats
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import export  # noqa: E402
+import ledger  # noqa: E402
 
 LAYERS, VOCABULARY = 11, 16             # blocks; tokens of the vocabulary for each channel of the width
 WEIGHTS_A_SQUARE = 11 * LAYERS + VOCABULARY         # of a width x width matrix, in all
@@ -58,8 +59,8 @@ def synthetic_state(shapes: dict[str, tuple[int, ...]], rng: np.random.Generator
     state = {}
     for name, shape in shapes.items():
         w = rng.standard_normal(shape, np.float32)
-        scaled = 0.03 * w * lognormal(shape[0], rng)[:, None] * lognormal(shape[-1], rng) if name.endswith("weight") else 1 + w / 9
-        state[name] = torch.from_numpy(np.ascontiguousarray(scaled, np.float32))
+        scales = lognormal(shape[0], rng)[:, None] * lognormal(shape[-1], rng) if name.endswith("weight") else None
+        state[name] = torch.from_numpy(1 + w / 9 if scales is None else 0.03 * w * scales)
     return state
 
 
@@ -71,21 +72,6 @@ def synthetic_terms(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[e
     return (export.Term(torch.from_numpy(1e-4 * lognormal(shape[0], rng) ** 2), moment),)
 
 
-class Tally(export.SymbolWriter):
-    """Adds up the ideal bits of every model's symbols, by the shares that code them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ideal_bits: dict[export.SymbolModel, float] = {}
-
-    def code(self, model: export.SymbolModel, *given: Any) -> np.ndarray:
-        before = len(self.operations)
-        found = super().code(model, *given)
-        bits = sum(float((export.SCALE_BITS - np.log2(shares)).sum()) for shares, _ in self.operations[before:])
-        self.ideal_bits[model] = self.ideal_bits.get(model, 0.0) + bits
-        return found
-
-
 def timed(action: Callable[[], Result]) -> tuple[Result, float]:
     """What it returns, and its seconds."""
     t0 = time.perf_counter()
@@ -94,7 +80,8 @@ def timed(action: Callable[[], Result]) -> tuple[Result, float]:
 
 def say(**values: Any) -> None:
     """One line; floats with four digits after the point."""
-    print(" ".join(f"{key}:{f'{value:.4f}' if isinstance(value, float) else value}" for key, value in values.items()), flush=True)
+    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in values.items()}
+    print(" ".join(f"{key}:{value}" for key, value in shown.items()), flush=True)
 
 
 def peak_gib() -> float:
@@ -102,11 +89,11 @@ def peak_gib() -> float:
 
 
 def profiled(stage: str, action: Callable[[], Result]) -> Result:
-    """Prints where the time of a stage goes: the ten functions with most of it."""
+    """Prints where the time of a stage goes: the functions with most of it."""
     profile = cProfile.Profile()
     result = profile.runcall(action)
     print(f"profile:{stage}")
-    pstats.Stats(profile).sort_stats("tottime").print_stats(10)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(14)
     return result
 
 
@@ -120,37 +107,32 @@ def measure(state: dict[str, Tensor], prepared: list[export.Prepared], bits: flo
     rest = [export.store(name, w, export.small_choice(w), options) for name, w in state.items()
             if not name.endswith("weight")]
     tensors = {s.row.name: s for s in sorted([*placed, *rest], key=lambda s: s.row.name)}
+    say(states=states, place_s=place_s, **measure_coder(tensors))
+    symbols = ledger.symbol_bits([s.row for s in tensors.values()], {name: s.values for name, s in tensors.items()})
+    codes, side = (sum(n for (_, part), n in symbols.items() if part == wanted) / 8 for wanted in ("codes", "steps"))
+    whole = export.assembled(dict(sorted(state.items())), {}, options, tensors)
+    file_bytes, coded = len(whole.data), whole.report.parts["positions"]
+    say(states=states, file_bytes=file_bytes, bits_per_weight=8 * file_bytes / sum(p.columns.size for p in prepared),
+        weight_symbol_bytes=round(codes), side_symbol_bytes=round(side), other_bytes=file_bytes - coded,
+        beside_bytes=round(file_bytes - codes), coder_overhead=coded / (codes + side) - 1, peak_gib=peak_gib())
+    if profile:
+        profiled("coding", lambda: measure_coder(tensors))
+
+
+def measure_coder(tensors: Mapping[str, export.Stored]) -> dict[str, float]:
+    """Seconds of coding, its model's and its arithmetic's parts, and of decoding, which must find the same."""
     plan, values = [s.row for s in tensors.values()], {name: s.values for name, s in tensors.items()}
-    counted = Tally()
-    model = export.code_grid(counted, plan, values, None)
-    ideal_bits, weight_bits = sum(counted.ideal_bits.values()), counted.ideal_bits[model]
-    del counted
     writer = export.SymbolWriter()
     _, model_s = timed(lambda: export.code_grid(writer, plan, values, None))
     body, rans_s = timed(writer.encoded)
-    del writer
-    file = export.assembled(dict(sorted(state.items())), {}, options, tensors).data
-    given = {row.name: {"bases": values[row.name]["bases"]} for row in plan if row.codec == "grid"}
-    _, decode_s = timed(lambda: decode(body, plan, given))
-    same = all(np.array_equal(own[kind], values[name][kind]) for name, own in given.items() for kind in own)
+    found = {row.name: {"bases": values[row.name]["bases"]} for row in plan if row.codec == "grid"}
+    _, decode_s = timed(lambda: decode(body, plan, found))
+    same = all(np.array_equal(own[kind], values[name][kind]) for name, own in found.items() for kind in own)
     assert same, "the decoder found other positions"
-    weights, beside = sum(p.columns.size for p in prepared), len(file) - weight_bits / 8
-    say(states=states, place_s=place_s, encode_s=model_s + rans_s, encode_model_s=model_s, encode_rans_s=rans_s, decode_s=decode_s)
-    say(states=states, file_bytes=len(file), bits_per_weight=8 * len(file) / weights, weight_symbol_bytes=round(weight_bits / 8),
-        side_symbol_bytes=round((ideal_bits - weight_bits) / 8), other_bytes=len(file) - len(body), beside_bytes=round(beside),
-        coder_overhead=8 * len(body) / ideal_bits - 1, peak_gib=peak_gib())
-    if profile:
-        profiled("encode", lambda: encode(plan, values))
-        profiled("decode", lambda: decode(body, plan, {name: {"bases": own["bases"]} for name, own in given.items()}))
+    return {"encode_s": model_s + rans_s, "encode_model_s": model_s, "encode_rans_s": rans_s, "decode_s": decode_s}
 
 
-def encode(plan: list[export.PlanRow], values: dict[str, dict[str, np.ndarray]]) -> bytes:
-    writer = export.SymbolWriter()
-    export.code_grid(writer, plan, values, None)
-    return writer.encoded()
-
-
-def decode(body: bytes, plan: list[export.PlanRow], values: dict[str, dict[str, np.ndarray]]) -> None:
+def decode(body: bytes, plan: Sequence[export.PlanRow], values: Mapping[str, dict[str, np.ndarray]]) -> None:
     """Fills in `values`, as parse_grid."""
     reader = export.SymbolReader(body, 0)
     export.code_grid(reader, plan, values, 0)

@@ -133,8 +133,9 @@ class Tally(export.SymbolWriter):
         self.bits = {(row.name, part): 0.0 for row in plan if row.codec == "grid" for part in ("codes", "steps")}
         self.owners = owners_of_symbols(plan)
 
-    def code(self, model: export.SymbolModel, *given: Any) -> np.ndarray:
-        found, owners = super().code(model, *given), next(self.owners)
+    def code(self, model: export.SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
+             given: np.ndarray | None) -> np.ndarray:
+        found, owners = super().code(model, contexts, raw_bits, parity, given), next(self.owners)
         bits = sum((export.SCALE_BITS - np.log2(shares) for shares, _ in self.operations), np.zeros(1))
         self.operations.clear()
         starts = np.cumsum([0] + [count for _, _, count in owners])
@@ -153,11 +154,11 @@ def owners_of_symbols(plan: Sequence[export.PlanRow]) -> Iterator[list[tuple[str
         yield from [[(row.name, "codes", row.shape[1]) for row in group]] * group[0].shape[0]
 
 
-def symbol_bits(artifact: export.Artifact) -> dict[tuple[str, str], float]:
+def symbol_bits(plan: Sequence[export.PlanRow], values: Mapping[str, export.Values]) -> dict[tuple[str, str], float]:
     """(tensor, component) -> bits in the stream `positions`."""
-    tally = Tally(artifact.plan)
+    tally = Tally(plan)
     if tally.bits:
-        export.code_grid(tally, artifact.plan, artifact.values, None)
+        export.code_grid(tally, plan, values, None)
     return tally.bits
 
 
@@ -259,7 +260,7 @@ def read_ledger(path: str, original: Mapping[str, Tensor] | None = None) -> Ledg
     import train_gpt
 
     artifact = export.load_artifact(path)
-    cap_bytes, bits, tensors = options_in(artifact, original), symbol_bits(artifact), []
+    cap_bytes, bits, tensors = options_in(artifact, original), symbol_bits(artifact.plan, artifact.values), []
     coded = attribute(artifact, bits)
     for row in artifact.plan:
         parts, entropy_bits = coded[row.name], code_entropy(codes_of(row, artifact.values[row.name]))
