@@ -1,6 +1,8 @@
 """The verbs of export.py, and the readers of checkpoints that they start from.
 
     python export.py predict|write|inspect|eval|extract|verify ...
+    python export.py write final_model.safetensors -o final_model.rd.ptz EXPORT_SCHEME=rd EXPORT_BITS=3 \\
+        --calibration-tokens 131072 --data DIR --tokenizer MODEL     # knobs by name or as flags: --export-bits 3
 
 Nothing here is needed to train, export, read back and score, so nothing of it is in a submission, whose bytes count.
 """
@@ -32,6 +34,7 @@ from export import (
     MAX_RAW_BYTES,
     ArtifactError,
     ExportOptions,
+    PlanRow,
     Statistics,
     Stored,
     dtype_name,
@@ -246,12 +249,22 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def as_flags(arguments: Iterable[str]) -> list[str]:
+    """EXPORT_BITS=3 as --export-bits=3, for each of the exporter's knobs and CALIBRATION_TOKENS; not behind --knob."""
+    names, found = {f.name.upper() for f in fields(ExportOptions)} | {"CALIBRATION_TOKENS"}, list[str]()
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        known = bool(equals) and name in names and found[-1:] != ["--knob"]
+        found.append(f"--{name.lower().replace('_', '-')}={value}" if known else argument)
+    return found
+
+
 def write_verb(args: argparse.Namespace) -> int:
     options = ExportOptions(**{f.name: getattr(args, f.name) for f in fields(ExportOptions)})
     if faults := options.problems():
         raise ValueError("; ".join(faults))
     state, meta = read_with_meta(args.checkpoint, args.knob)
-    given = given_for(args, state, meta)
+    given = given_for(args, state, meta, options)
     export, cap = encode_artifact(state, meta, options, **given), options.artifact_cap_bytes
     report, total = export.report, len(export.data) + given["code_bytes"]
     if cap and total > cap and options.cap_policy != "warn":
@@ -267,14 +280,20 @@ def write_verb(args: argparse.Namespace) -> int:
     return 0
 
 
-def given_for(args: argparse.Namespace, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Any]:
+def given_for(args: argparse.Namespace, state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions
+              ) -> dict[str, Any]:
     """What the command line lets an export know about a model."""
     statistics = None
+    for wanted, asked in ((options.export_scheme == "rd", "EXPORT_SCHEME=rd"),
+                          (options.export_allocate == "hessian", "EXPORT_ALLOCATE=hessian")):
+        if wanted and not args.calibration_tokens:
+            raise ValueError(f"{asked} needs calibration statistics: give --calibration-tokens N, --data DIR and"
+                             " --tokenizer MODEL")
     if args.calibration_tokens:
         if not (args.data and args.tokenizer):
             raise ValueError("--calibration-tokens needs --data DIR and --tokenizer MODEL")
         statistics = calibrate_state(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
-                                               tokens=args.calibration_tokens)
+                                     tokens=args.calibration_tokens)
     sensitivity = read_sensitivity(args.sensitivity_map, shapes_of(state)) if args.sensitivity_map else None
     return {"statistics": statistics, "sensitivity": sensitivity, "code_bytes": train_gpt.code_bytes()}
 
@@ -287,19 +306,29 @@ def named_values(knobs: Iterable[str]) -> dict[str, str]:
 
 def read_with_meta(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, meta) of an artifact or of any checkpoint; `knobs` (NAME=VALUE) complete one that comes without meta."""
-    values = named_values(knobs)
+    return read_with_plan(path, knobs)[:2]
+
+
+def read_with_plan(path: str, knobs: list[str]) -> tuple[dict[str, Tensor], dict[str, Any], tuple[PlanRow, ...]]:
+    """The same and the plan, which is empty for a checkpoint."""
+    values, plan = named_values(knobs), ()
     with open(path, "rb") as file:
         is_artifact = file.read(len(MAGIC)) == MAGIC
     if is_artifact:
         artifact = load_artifact(path)
-        state, meta = artifact.state, artifact.meta
+        state, meta, plan = artifact.state, artifact.meta, artifact.plan
     else:
         state, meta = read_checkpoint(path)
     if meta is None:
-        return state, meta_from_state(state, values)
+        return state, meta_from_state(state, values), plan
     if knobs:
         raise ValueError(f"{path} carries its configuration, which --knob {', '.join(knobs)} cannot change")
-    return state, meta
+    return state, meta, plan
+
+
+def scheme_of(plan: Iterable[PlanRow]) -> str:
+    """What the lines of the score call a file; a checkpoint counts as int8, whose lines the challenge reads."""
+    return "rd" if any(row.codec == "grid" for row in plan) else "int8_zlib"
 
 
 def inspect_verb(args: argparse.Namespace) -> int:
@@ -318,10 +347,10 @@ def inspect_verb(args: argparse.Namespace) -> int:
 
 
 def eval_verb(args: argparse.Namespace) -> int:
-    state, meta = read_with_meta(args.file, args.knob)
+    state, meta, plan = read_with_plan(args.file, args.knob)
     result = evaluate_artifact(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
-                                         max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
-    name = "final_int8_zlib_roundtrip"
+                               max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
+    name = f"final_{scheme_of(plan)}_roundtrip"
     print(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms")
     print(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
     return 0
@@ -334,7 +363,8 @@ def verify_verb(args: argparse.Namespace) -> int:
     kinds = {f.name: (int, float) if isinstance(f.default, float) else type(f.default) for f in fields(ExportOptions)}
     unknown = [k for k, v in asked.items() if not isinstance(v, kinds.get(k, ()))] if isinstance(asked, dict) else [asked]
     require(not unknown, "meta.export", None, sorted(unknown), "options of this version")
-    again = encode_artifact(state, artifact.meta, ExportOptions(**asked), **given_for(args, state, meta))
+    options = ExportOptions(**asked)
+    again = encode_artifact(state, artifact.meta, options, **given_for(args, state, meta, options))
     names, differing = sorted(again.state.keys() | artifact.state.keys()), 0
     for name in names:
         verdict, note = "differs", f"only in the {'file' if name in artifact.state else 'checkpoint'}"
@@ -431,7 +461,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; every fault of the input becomes one line and exit code 2."""
-    args = command_line().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    args = command_line().parse_args(as_flags(arguments) if arguments[:1] == ["write"] else arguments)
     try:
         return VERBS[args.verb][1](args)
     except (ValueError, OSError) as fault:

@@ -4,13 +4,16 @@
     python scripts/ledger.py final_model.int8.ptz --checkpoint final_model.safetensors      # and what each tensor lost
     python scripts/ledger.py A.ptz B.ptz --json difference.json --png difference.png        # what B spends otherwise than A
 
-Components: codes; scales; residuals (the factors of corrections, their scales included); exceptions (kept values and their
-index); floats (tensors stored as fp16 or fp32); raw (tensors that are no floats); metadata (frame, header, checksum); code
-(the packed submission). All but code sum exactly to the file.
+Components: codes (of int8 matrices, or the positions of grid matrices); scales; steps (what a grid matrix has beside its
+positions: steps, sizes, bases); residuals (the factors of corrections, their scales included); exceptions (kept values and
+their index); floats (tensors stored as fp16 or fp32); raw (tensors that are no floats); metadata (frame, header, checksum);
+code (the packed submission). All but code sum exactly to the file.
 
 Tensors share every stream but that of their codes, and deflate codes a stream as one. Its coded bytes are attributed to
-tensors in proportion to their raw bytes, rounded by largest remainders. Entropies are of order 0, summed over byte planes:
-coded bytes fall below them only where neighbours depend on each other.
+tensors in proportion to their raw bytes, rounded by largest remainders; those of the stream `positions` in proportion to the
+bits that the coder's own shares give to each symbol. Entropies are of order 0, summed over byte planes: coded bytes fall
+below them only where neighbours depend on each other. A code of a trellis is the position without its lowest bit, which the
+state tells; the entropy of `positions` is what its shares sum to, so that coded/entropy is the coder's overhead.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +36,7 @@ from torch import Tensor  # noqa: E402
 import export  # noqa: E402
 import export_verbs  # noqa: E402
 
-TENSOR_COMPONENTS: tuple[str, ...] = ("codes", "scales", "residuals", "exceptions", "floats", "raw")
+TENSOR_COMPONENTS: tuple[str, ...] = ("codes", "scales", "steps", "residuals", "exceptions", "floats", "raw")
 OTHER_COMPONENTS = ("metadata", "code")
 OVERHEAD = ("frame", "header", "checksum")      # parts of a file that belong to no tensor: its metadata
 FAMILIES = {                                    # family -> parts of names, the first match counts
@@ -59,7 +62,7 @@ class TensorBytes:
     components: dict[str, int]      # of TENSOR_COMPONENTS
     total_bytes: int
     bits_per_weight: float
-    entropy_bits: float | None      # of one code; None without codes
+    entropy_bits: float | None      # of order 0, of one code; None without codes
     rms_error: float | None         # relative to the original's rms
     max_error: float | None         # absolute
 
@@ -122,8 +125,57 @@ def shared_out(total: int, weights: Sequence[int]) -> list[int]:
     return parts
 
 
+class Tally(export.SymbolWriter):
+    """Codes nothing, but adds up the bits of all symbols, by tensor and component."""
+
+    def __init__(self, plan: Sequence[export.PlanRow]) -> None:
+        super().__init__()
+        self.bits = {(row.name, part): 0.0 for row in plan if row.codec == "grid" for part in ("codes", "steps")}
+        self.owners = owners_of_symbols(plan)
+
+    def code(self, model: export.SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
+             given: np.ndarray | None) -> np.ndarray:
+        found, owners = super().code(model, contexts, raw_bits, parity, given), next(self.owners)
+        bits = sum((export.SCALE_BITS - np.log2(shares) for shares, _ in self.operations), np.zeros(1))
+        self.operations.clear()
+        starts = np.cumsum([0] + [count for _, _, count in owners])
+        assert starts[-1] == bits.size, "the coder goes another way"
+        for (name, part, _), own in zip(owners, np.add.reduceat(bits, starts[:-1]), strict=True):
+            self.bits[name, part] += float(own)
+        return found
+
+
+def owners_of_symbols(plan: Sequence[export.PlanRow]) -> Iterator[list[tuple[str, str, int]]]:
+    """For each row of symbols, in the order of `export.code_grid`: (tensor, component, symbols) from left to right."""
+    for group in export.groups_of(plan, 1):
+        yield from [[(row.name, "steps", 1) for row in group]] * group[0].shape[1]
+    for group in export.groups_of(plan, 0):
+        yield from [[(row.name, "steps", 1) for _ in ("row_steps", "row_sizes") for row in group]] * group[0].shape[0]
+        yield from [[(row.name, "codes", row.shape[1]) for row in group]] * group[0].shape[0]
+
+
+def symbol_bits(plan: Sequence[export.PlanRow], values: Mapping[str, export.Values]) -> dict[tuple[str, str], float]:
+    """(tensor, component) -> bits in the stream `positions`."""
+    tally = Tally(plan)
+    if tally.bits:
+        export.code_grid(tally, plan, values, None)
+    return tally.bits
+
+
+def codes_of(row: export.PlanRow, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The codes of a matrix, of whichever kind; None without."""
+    return values["positions"] >> int(row.states > 0) if row.codec == "grid" else values.get("codes")
+
+
+def stream_of(kind: str, row: export.PlanRow) -> str:
+    """All of a grid matrix but its bases goes through one coder."""
+    return "positions" if row.codec == "grid" and kind != "bases" else export.stream_of(kind, row)
+
+
 def pieces_of(row: export.PlanRow, values: Mapping[str, np.ndarray]) -> list[tuple[str, str, int]]:
-    """(stream, component, raw bytes) of all that one tensor has in the file."""
+    """(stream, component, raw bytes) of all that one tensor has in the file, but for what goes through the symbol coder."""
+    if row.codec == "grid":
+        return [("bases", "steps", values["bases"].nbytes)]
     found = []
     for kind, own in values.items():
         split = {"raw" if kind == "raw" else "floats": own.size}
@@ -140,29 +192,40 @@ def pieces_of(row: export.PlanRow, values: Mapping[str, np.ndarray]) -> list[tup
     return found
 
 
-def attribute(artifact: export.Artifact) -> dict[str, dict[str, int]]:
-    """Tensor -> component -> coded bytes."""
+def attribute(artifact: export.Artifact, bits: Mapping[tuple[str, str], float]) -> dict[str, dict[str, int]]:
+    """Tensor -> component -> coded bytes; `bits` as by `symbol_bits`."""
     pieces: dict[str, list[tuple[str, str, int]]] = {}
     for row in artifact.plan:
         for stream, component, raw_bytes in pieces_of(row, artifact.values[row.name]):
             pieces.setdefault(stream, []).append((row.name, component, raw_bytes))
+    if bits:
+        pieces["positions"] = [(name, component, round(64 * own)) for (name, component), own in bits.items()]
     found = {row.name: dict.fromkeys(TENSOR_COMPONENTS, 0) for row in artifact.plan}
     for stream, owners in pieces.items():
-        coded = shared_out(artifact.parts[stream], [raw_bytes for _, _, raw_bytes in owners])
+        coded = shared_out(artifact.parts[stream], [weight for _, _, weight in owners])
         for (name, component, _), nbytes in zip(owners, coded, strict=True):
             found[name][component] += nbytes
     return found
 
 
-def measure_streams(artifact: export.Artifact) -> tuple[StreamBytes, ...]:
+def measure_streams(artifact: export.Artifact, positions_bits: float) -> tuple[StreamBytes, ...]:
     """The streams that hold anything, in the order of the file."""
     held: dict[str, list[np.ndarray]] = {}
     for row in artifact.plan:
         for kind, own in artifact.values[row.name].items():
-            held.setdefault(export.stream_of(kind, row), []).append(own)
-    joined = {name: np.concatenate(held[name]) for name in artifact.parts if name in held}
-    return tuple(StreamBytes(name, values.size, values.nbytes, artifact.parts[name], entropy_bytes(values))
-                 for name, values in joined.items())
+            held.setdefault(stream_of(kind, row), []).append(own)
+    return tuple(StreamBytes(
+        name, sum(own.size for own in held[name]), sum(own.nbytes for own in held[name]), nbytes,
+        positions_bits / 8 if name == "positions" else entropy_bytes(np.concatenate(held[name])))
+        for name, nbytes in artifact.parts.items() if name in held)
+
+
+def code_entropy(codes: np.ndarray | None) -> float | None:
+    """The order-0 entropy of one code, in bits."""
+    if codes is None:
+        return None
+    counts = np.unique(codes, return_counts=True)[1]
+    return float((counts * np.log2(codes.size / counts)).sum()) / codes.size
 
 
 def error_of(name: str, original: Mapping[str, Tensor] | None, decoded: Tensor) -> tuple[float | None, float | None]:
@@ -197,10 +260,11 @@ def read_ledger(path: str, original: Mapping[str, Tensor] | None = None) -> Ledg
     import train_gpt
 
     artifact = export.load_artifact(path)
-    cap_bytes, coded, tensors = options_in(artifact, original), attribute(artifact), []
+    cap_bytes, bits, tensors = options_in(artifact, original), symbol_bits(artifact.plan, artifact.values), []
+    coded = attribute(artifact, bits)
     for row in artifact.plan:
-        parts, codes = coded[row.name], artifact.values[row.name].get("codes")
-        nbytes, entropy_bits = sum(parts.values()), None if codes is None else 8 * entropy_bytes(codes) / row.numel
+        parts, entropy_bits = coded[row.name], code_entropy(codes_of(row, artifact.values[row.name]))
+        nbytes = sum(parts.values())
         tensors.append(TensorBytes(row.name, family_of(row.name), row.codec, row.shape, row.numel, parts, nbytes,
                                    8 * nbytes / row.numel, entropy_bits,
                                    *error_of(row.name, original, artifact.state[row.name])))
@@ -216,7 +280,7 @@ def read_ledger(path: str, original: Mapping[str, Tensor] | None = None) -> Ledg
     assert sum(components.values()) == file_bytes + code_bytes, "a part of the file belongs to nobody"
     return Ledger(str(path), file_bytes, code_bytes, file_bytes + code_bytes, cap_bytes, weights,
                   8 * file_bytes / max(weights, 1), components, {f: sums for f, sums in families.items() if sums["tensors"]},
-                  tuple(tensors), measure_streams(artifact))
+                  tuple(tensors), measure_streams(artifact, sum(bits.values())))
 
 
 def change(name: str, first: tuple[int, int] | None, second: tuple[int, int] | None) -> Change:

@@ -10,10 +10,22 @@ from statistics import NormalDist
 
 import numpy as np
 
-from export import CHECKSUM_BYTES, FIXED, MAX_RADIX_CODE, ExportOptions, digits_per_byte, storage
+from export import (
+    CHECKSUM_BYTES,
+    FINEST_BITS,
+    FIXED,
+    MAX_RADIX_CODE,
+    RD_WINDOW_BYTES,
+    ExportOptions,
+    digits_per_byte,
+    matrices,
+    storage,
+)
 from int8_plan import aim
 
 TAIL = 1.07     # largest weight of a trained row over that of normals (rows of three 4x256 models: 1.05..1.09)
+RD_SIDE_BYTES = 0.65                    # of steps and sizes, for each row and each column (2 and 36 million weights: 0.66)
+RD_REST_BYTES, RD_FIXED_BYTES = 0.9, 800            # for each value of what is no matrix; frame, header and bases
 
 
 def prediction_line(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int) -> tuple[str, bool]:
@@ -22,8 +34,12 @@ def prediction_line(shapes: Mapping[str, tuple[int, ...]], options: ExportOption
     total = artifact + code_bytes
     over = bool(cap) and total > cap
     verdict = "" if not cap else " OVER THE CAP" if over else " under the cap"
+    most = rd_most_bytes(shapes, options, code_bytes) if options.export_scheme == "rd" else math.inf
+    if artifact > most and not over:
+        verdict = f" OVER EXPORT_BITS={options.export_bits:g}, which allows an artifact of {most} bytes"
     line = f"predicted: artifact {artifact} + code {code_bytes} = {total} bytes of {cap}{verdict}"
-    return line, over and options.cap_policy != "warn"
+    return line, artifact > most or (over and options.cap_policy != "warn")
+
 
 def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int = 0) -> int:
     """The size of a trained model's artifact from its shapes alone: within 1 % at 3 bits and above unless
@@ -31,9 +47,11 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
 
     It assumes normal weights with one sigma per row, fp32 tensors, and meta of some 400 bytes; `auto` counts as rows.
     Under a floor other than 0 an undertrained model comes out smaller, because the floor and not the weights sets its
-    steps. An export that fits itself to the cap is predicted where it will aim, as far as its coarsest and finest plans
-    allow.
+    steps. An export that fits itself to the cap, and any of EXPORT_SCHEME=rd, is predicted where it will aim, as far as
+    its coarsest and finest plans allow.
     """
+    if options.export_scheme == "rd":
+        return max(rd_aim_bytes(rd_most_bytes(shapes, options, code_bytes)), rd_least_bytes(shapes))
     if options.solves:
         finest, coarsest = (
             predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
@@ -43,6 +61,26 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
         # Ternary codes depend most on the shape of the weights' distribution: better to refuse than to end over the cap.
         return round(min(max(aim(high), 1.15 * coarsest), finest))
     return round(predicted_bytes(shapes, options, None))
+
+
+def rd_most_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int) -> int:
+    """The largest artifact that EXPORT_SCHEME=rd may write; it refuses to write another."""
+    weights = sum(map(math.prod, shapes.values()))
+    cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
+    asked = options.export_bits / 8 * weights or math.inf
+    return math.floor(min(asked, cap, FINEST_BITS / 8 * weights + RD_WINDOW_BYTES))
+
+
+def rd_aim_bytes(most: int) -> int:
+    """The size that it plans for where at most so many bytes may come out."""
+    return round(most - min(RD_WINDOW_BYTES / 4, most / 200))
+
+
+def rd_least_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """About what it takes with all positions at zero: steps, sizes, what is no matrix, and the header."""
+    grid = matrices(shapes)
+    rest = sum(math.prod(shape) for name, shape in shapes.items() if name not in grid)
+    return round(RD_SIDE_BYTES * sum(map(sum, grid.values())) + RD_REST_BYTES * rest + RD_FIXED_BYTES)
 
 
 def predicted_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, q_max: float | None) -> float:
