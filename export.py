@@ -410,15 +410,15 @@ def better_axis(w: Tensor, q_max: float, options: ExportOptions) -> str:
 
 def plan_lines(tensors: Iterable[Stored]) -> Iterator[str]:
     """The plan as a table."""
-    yield f"{'codec':5} {'codes':>5} {'axis':4} {'layout':13} {'kept':11} {'rank':7} {'dtype':8} {'shape':>12}  tensor"
+    yield f"{'codec':5} {'codes':>6} {'axis':4} {'layout':13} {'kept':11} {'rank':10} {'dtype':8} {'shape':>12}  tensor"
     for row, values in ((s.row, s.values) for s in tensors):
         shape = "x".join(map(str, row.shape)) or "scalar"
-        codes = values.get("codes")
+        codes, grid = values.get("codes", values.get("positions")), row.codec == "grid"
         limit = "" if codes is None else f"±{int(np.abs(codes).max())}"
         kept = "" if row.kept == "none" else f"{row.kept_count} {row.kept}"
-        rank = f"{row.rank} {row.factors}" if row.rank else ""
-        yield (f"{row.codec:5} {limit:>5} {row.axis:4} {row.layout:13} {kept:11} {rank:7} {row.dtype:8} {shape:>12}"
-               f"  {row.name}")
+        rank = f"{row.states} states" if grid else f"{row.rank} {row.factors}" if row.rank else ""
+        yield (f"{row.codec:5} {limit:>6} {'' if grid else row.axis:4} {'' if grid else row.layout:13} {kept:11} {rank:10}"
+               f" {row.dtype:8} {shape:>12}  {row.name}")
 
 
 def stream_of(kind: str, row: PlanRow) -> str:
@@ -1210,9 +1210,8 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     magnitudes = np.abs(positions)
     usual = magnitudes.mean(0) + 2.0**-12           # of a column: wide ones must not speak for the row
     reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
-    reach = np.maximum(reach, max(float(reach.max()), 1e-9) * 2.0**-12)     # rows of zeros
+    reach = np.maximum(reach, (float(reach.max()) or 1.0) * 2.0**-12)       # rows of zeros, matrices of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
-    sizes = sizes.clip(-MAX_EXPONENT, MAX_EXPONENT)                         # matrices of zeros
     bases = [middle_of(v) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
     kinds = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
     return {"positions": positions.reshape(-1), **{kind: values.astype(np.int16) for kind, values in kinds.items()}}
@@ -1368,6 +1367,13 @@ def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any
         return list(pool.map(function, items))
 
 
+def rd_budget(options: ExportOptions, weights: int, code_bytes: int) -> tuple[int, float, float]:
+    """(most, aim, window) in bytes of an rd artifact of so many weights."""
+    cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
+    most = math.floor(min(options.export_bits / 8 * weights or math.inf, cap, FINEST_BITS / 8 * weights + RD_WINDOW_BYTES))
+    return most, most - min(RD_WINDOW_BYTES / 4, most / 200), min(RD_WINDOW_BYTES, most / 100)
+
+
 def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics,
                     code_bytes: int, reserve_bytes: int) -> Export:
     """The export of least expected loss in the bytes that EXPORT_BITS or the cap leaves, at most RD_WINDOW_BYTES below them.
@@ -1378,20 +1384,17 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
     prepared = in_threads(lambda name: prepare(name, state[name], statistics.terms[name]), names)
     rest = {name: store(name, t, small_choice(t), replace(options, int8_scale_floor=0.0))
             for name, t in state.items() if name not in names}
-    numel = sum(t.numel() for t in state.values())
-    cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
-    high = math.floor(min(options.export_bits / 8 * numel or math.inf, cap, FINEST_BITS / 8 * numel + RD_WINDOW_BYTES))
-    high -= reserve_bytes
-    aim, overhead, found = 8 * (high - min(RD_WINDOW_BYTES / 4, high / 200)), 0.0, []
+    high, aim, window = rd_budget(options, sum(t.numel() for t in state.values()), code_bytes)
+    high, aim, overhead, found = high - reserve_bytes, aim - reserve_bytes, 0.0, []
     prices = SymbolModel(int(options.tcq_states > 0)).prices()
     for _ in range(MAX_DIALS):
-        dial = dial_for(prepared, aim - overhead)
+        dial = dial_for(prepared, 8 * aim - overhead)
         placed = in_threads(lambda p, dial=dial, prices=prices: stored_on_grid(state[p.name], p, dial, options, prices),
                             prepared)
         export = assembled(state, meta, options, {s.row.name: s for s in sorted(
             [*rest.values(), *placed], key=lambda s: s.row.name)})
         found.append(export)
-        if high - RD_WINDOW_BYTES <= len(export.data) <= high or not names:
+        if high - window <= len(export.data) <= high or not names:
             break
         overhead, prices = 8 * len(export.data) - planned_bits(prepared, dial), export.prices
     fitting = [e for e in found if len(e.data) <= high]

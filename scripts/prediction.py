@@ -12,13 +12,12 @@ import numpy as np
 
 from export import (
     CHECKSUM_BYTES,
-    FINEST_BITS,
     FIXED,
     MAX_RADIX_CODE,
-    RD_WINDOW_BYTES,
     ExportOptions,
     digits_per_byte,
     matrices,
+    rd_budget,
     storage,
 )
 from int8_plan import aim
@@ -34,7 +33,7 @@ def prediction_line(shapes: Mapping[str, tuple[int, ...]], options: ExportOption
     total = artifact + code_bytes
     over = bool(cap) and total > cap
     verdict = "" if not cap else " OVER THE CAP" if over else " under the cap"
-    most = rd_most_bytes(shapes, options, code_bytes) if options.export_scheme == "rd" else math.inf
+    most = rd_budget(options, weights_of(shapes), code_bytes)[0] if options.export_scheme == "rd" else math.inf
     if artifact > most and not over:
         verdict = f" OVER EXPORT_BITS={options.export_bits:g}, which allows an artifact of {most} bytes"
     line = f"predicted: artifact {artifact} + code {code_bytes} = {total} bytes of {cap}{verdict}"
@@ -51,7 +50,7 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
     its coarsest and finest plans allow.
     """
     if options.export_scheme == "rd":
-        return max(rd_aim_bytes(rd_most_bytes(shapes, options, code_bytes)), rd_least_bytes(shapes))
+        return max(round(rd_budget(options, weights_of(shapes), code_bytes)[1]), rd_least_bytes(shapes))
     if options.solves:
         finest, coarsest = (
             predicted_bytes(shapes, replace(options, cap_policy="warn", export_allocate="uniform", int8_scale_floor=0.0,
@@ -63,17 +62,8 @@ def predict_artifact_bytes(shapes: Mapping[str, tuple[int, ...]], options: Expor
     return round(predicted_bytes(shapes, options, None))
 
 
-def rd_most_bytes(shapes: Mapping[str, tuple[int, ...]], options: ExportOptions, code_bytes: int) -> int:
-    """The largest artifact that EXPORT_SCHEME=rd may write; it refuses to write another."""
-    weights = sum(map(math.prod, shapes.values()))
-    cap = options.artifact_cap_bytes - code_bytes if options.artifact_cap_bytes else math.inf
-    asked = options.export_bits / 8 * weights or math.inf
-    return math.floor(min(asked, cap, FINEST_BITS / 8 * weights + RD_WINDOW_BYTES))
-
-
-def rd_aim_bytes(most: int) -> int:
-    """The size that it plans for where at most so many bytes may come out."""
-    return round(most - min(RD_WINDOW_BYTES / 4, most / 200))
+def weights_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def rd_least_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
