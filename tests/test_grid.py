@@ -4,7 +4,7 @@ Guarantees: steps are exact powers; the trellis is the published code and its se
 quantiser and coder keep their distances from the Gaussian rate-distortion bound; the coder gives back every matrix within
 its reach and costs what its own shares say; error feedback equals the explicit conditional minimum; steps are water-filled;
 loss falls by four a bit; a whole file ends in its window, reads back bit for bit, says the same twice and without numba, and
-whatever its bytes become they end in ArtifactError or in tensors. Run: python -m pytest tests/test_grid.py (about 35 s).
+whatever its bytes become they end in ArtifactError or in tensors. Run: python -m pytest tests/test_grid.py (about 60 s on one core).
 """
 from __future__ import annotations
 
