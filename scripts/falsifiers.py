@@ -22,12 +22,13 @@ Prints key:value lines and a Markdown table; OUT takes all figures.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402  (the repository's root is not on the path before)
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-import export  # noqa: E402
-import export_verbs  # noqa: E402
-from compare_exports import Subject  # noqa: E402
-from export import BUCKETS, LOWEST_OCTAVE, OCTAVE, SCALE_BITS, SYMBOLS, ExportOptions, PlanRow, Prepared, SymbolModel  # noqa: E402
+import export
+import export_verbs
+from compare_exports import Subject
+from export import BUCKETS, LOWEST_OCTAVE, OCTAVE, SCALE_BITS, ExportOptions, PlanRow, Prepared, SymbolModel
 
 KILL_BITS = 0.03        # a weight; what a scheme with a decoder of its own must save to be worth its code
 Values = export.Values
@@ -56,7 +57,7 @@ def role_of(name: str) -> tuple[str, int]:
 
 
 def rd_export(subject: Subject, bits: float, states: int) -> export.Export:
-    options = ExportOptions(export_scheme="rd", export_bits=bits, tcq_states=states, artifact_cap_bytes=0)
+    options = ExportOptions(export_scheme="rd", export_bits=bits, tcq_states=states)
     return export.encode_artifact(subject.state, subject.meta, options, statistics=subject.statistics())
 
 
@@ -70,15 +71,19 @@ class Tally(export.SymbolWriter):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[SymbolModel, np.ndarray, float]] = []
+        self.calls: list[tuple[SymbolModel, np.ndarray, np.ndarray]] = []
 
     def code(self, model: SymbolModel, contexts: np.ndarray, raw_bits: np.ndarray, parity: np.ndarray,
              given: np.ndarray | None) -> np.ndarray:
         before = len(self.operations)
         found = super().code(model, contexts, raw_bits, parity, given)
-        bits = sum(float((SCALE_BITS - np.log2(shares)).sum()) for shares, _ in self.operations[before:])
-        self.calls.append((model, contexts, bits))
+        self.calls.append((model, contexts, sum_bits(shares for shares, _ in self.operations[before:])))
         return found
+
+
+def sum_bits(operations: Iterable[np.ndarray]) -> np.ndarray:
+    """Bits of each symbol, by its shares of 2^16 in one operation or in several."""
+    return np.sum([SCALE_BITS - np.log2(shares) for shares in operations], 0)
 
 
 @dataclass
@@ -87,7 +92,7 @@ class Trace:
     groups: list[list[PlanRow]]
     values: dict[str, Values]
     contexts: dict[str, np.ndarray]     # (rows, columns) of each matrix
-    bits: float                         # of all positions
+    bits: dict[str, float]              # of each matrix's positions
     doubled: int
 
     @property
@@ -99,12 +104,13 @@ def traced(made: export.Export) -> Trace:
     plan = [s.row for s in made.tensors.values()]
     values, writer = {name: dict(s.values) for name, s in made.tensors.items()}, Tally()
     model = export.code_grid(writer, plan, values, None)
-    own, contexts = iter([call for call in writer.calls if call[0] is model]), {}
-    groups, bits = export.groups_of(plan, 0), sum(call[2] for call in writer.calls if call[0] is model)
+    groups, own, contexts, bits = export.groups_of(plan, 0), iter([c for c in writer.calls if c[0] is model]), {}, {}
     for group in groups:
-        wide = np.stack([next(own)[1] for _ in range(group[0].shape[0])])
-        ends = np.cumsum([row.shape[1] for row in group])[:-1]
-        contexts |= zip((row.name for row in group), np.split(wide, ends, 1), strict=True)
+        calls = [next(own) for _ in range(group[0].shape[0])]
+        names, ends = [row.name for row in group], np.cumsum([row.shape[1] for row in group])[:-1]
+        contexts |= zip(names, np.split(np.stack([call[1] for call in calls]), ends, 1), strict=True)
+        parts = np.split(np.sum([call[2] for call in calls], 0), ends)
+        bits |= {name: float(part.sum()) for name, part in zip(names, parts, strict=True)}
     assert next(own, None) is None, "every symbol belongs to a matrix"
     return Trace(groups, values, contexts, bits, model.doubled)
 
@@ -119,7 +125,7 @@ def adaptive_bits(trace: Trace, contexts: Mapping[str, np.ndarray]) -> float:
         for own, positions in zip(wide, given.astype(np.int64), strict=True):
             writer.code(model, own, raw[own // 2], own % 2, positions)
             writer.operations.clear()
-    return sum(bits for _, _, bits in writer.calls)
+    return sum(float(bits.sum()) for _, _, bits in writer.calls)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,15 +146,16 @@ def features(row: PlanRow, values: Values, contexts: np.ndarray, roles: Sequence
     own = values["row_sizes"].astype(np.float32) - values["row_steps"], values["col_steps"].astype(np.float32)
     level = np.clip((own[0][:, None] - own[1]) / OCTAVE, -16, 16)
     expected = np.exp2(contexts // 2 / 4 + LOWEST_OCTAVE).astype(np.float32)
-    relative, recent, mean = np.abs(positions) / np.exp2(level), np.zeros(row.shape, np.float32), np.ones(cols, np.float32)
-    for i in range(rows):               # a mean that forgets, beside the coder's, which does not
-        recent[i], mean = mean, mean + (relative[i] - mean) / 8
+    relative, ones = positions / np.exp2(level), np.ones(cols, np.float32)
+    recent = forgetting_mean(np.abs(relative), ones, 8)         # the coder's does not forget
+    drift = forgetting_mean(relative, 0 * ones, 64)
     above = np.pad(positions, ((2, 0), (0, 0)))
     left = np.pad(positions, ((0, 0), (4, 0)))
     role, layer = role_of(row.name)
     wide = np.ones(row.shape, np.float32)
     return np.stack([
         np.log2(expected) / 2, (level - level.mean()) / 2, np.log2(recent + 1e-3) / 2, contexts % 2 - 0.5,
+        np.clip(drift * np.exp2(level) / expected, -4, 4),
         *(np.clip(p / expected, -4, 4) for p in (above[1:-1], np.abs(above[1:-1]), np.abs(above[:-2]))),
         np.arange(rows)[:, None] / rows - 0.5 * wide, np.arange(cols) / cols - 0.5 * wide,
         (own[0] - own[0].mean())[:, None] / OCTAVE * wide, (own[1] - own[1].mean()) / OCTAVE * wide,
@@ -158,13 +165,21 @@ def features(row: PlanRow, values: Values, contexts: np.ndarray, roles: Sequence
     ], 2).astype(np.float32)
 
 
+def forgetting_mean(values: np.ndarray, start: np.ndarray, rows: float) -> np.ndarray:
+    """Down each column, the mean of the values above, the last `rows` of which weigh most."""
+    found, mean = np.empty(values.shape, np.float32), start
+    for i in range(len(values)):
+        found[i], mean = mean, mean + (values[i] - mean) / np.float32(min(rows, i + 1.0))
+    return found
+
+
 class Density(nn.Module):
     """A mixture of logistics over the integers, in units of the magnitude that the coder expects."""
 
     def __init__(self, inputs: int, hidden: Sequence[int]):
         super().__init__()
         sizes = (inputs, *hidden, 3 * COMPONENTS)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         with torch.no_grad():
             last = self.layers[-1]
             assert isinstance(last, nn.Linear)
@@ -221,7 +236,8 @@ def trained(samples: Samples, hidden: Sequence[int], inputs: int, steps: int) ->
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         x, expected, positions = samples.batch(torch.randint(len(samples.x), (BATCH,)), inputs)
-        loss = -masses(positions, *net(x, expected), samples.spacing).log2().mean()
+        shares, means, scales = net(x, expected)
+        loss = -masses(positions, shares, means, scales, samples.spacing).log2().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -241,38 +257,50 @@ def quantised_bytes(net: nn.Module) -> int:
 
 
 @torch.no_grad()
-def judged(net: Density, samples: Samples, inputs: int, trace: Trace) -> tuple[float, float]:
-    """Bits of the whole file by the net's density, and by the adaptive tables in contexts of its expected magnitude."""
-    total, buckets = 0.0, []
+def judged(net: Density, samples: Samples, inputs: int, trace: Trace) -> tuple[dict[str, float], float]:
+    """Bits of each matrix by the net's density, and of all by the adaptive tables in contexts of its expected magnitude."""
+    bits, buckets = [], []
     for at in range(0, len(samples.x), 2**16):
         x, expected, positions = samples.batch(slice(at, at + 2**16), inputs)
         shares, means, scales = net(x, expected)
-        total -= float(masses(positions, shares, means, scales, samples.spacing).log2().double().sum())
+        bits.append(-masses(positions, shares, means, scales, samples.spacing).log2())
         magnitude = expected_magnitude(shares, means, scales)
         buckets.append((4 * (magnitude.log2() - LOWEST_OCTAVE)).floor().clamp(0, BUCKETS - 1).long())
     split = torch.cat(buckets).numpy()
     ends = np.cumsum([row.numel for row in samples.names])[:-1]
     contexts = {row.name: 2 * part.reshape(row.shape) + trace.contexts[row.name] % 2
                 for row, part in zip(samples.names, np.split(split, ends), strict=True)}
-    return total, adaptive_bits(trace, contexts)
+    each = np.split(torch.cat(bits).numpy(), ends)
+    own = {row.name: float(part.sum(dtype=np.float64)) for row, part in zip(samples.names, each, strict=True)}
+    return own, adaptive_bits(trace, contexts)
 
 
 def learn(made: export.Export, steps: int, free: bool) -> Row:
     """Bits a weight of one file's positions by hand-made and by learned densities."""
     trace = traced(made)
     samples, weights = samples_of(trace), trace.weights
-    row: Row = {"bytes": len(made.data), "hand_made": trace.bits / weights}
+    row: Row = {"bytes": len(made.data), "hand_made": sum(trace.bits.values()) / weights}
     for name, hidden, inputs in (("", HIDDEN, samples.x.shape[1] - LEFT), ("free_", FREE_HIDDEN, samples.x.shape[1])):
         if name and not free:
             continue
         net = trained(samples, hidden, inputs, steps)
         row[f"{name}parameters"] = sum(p.numel() for p in net.parameters())
         decoder = 0.0 if name else 8 * quantised_bytes(net) / weights
-        mixture, context = (bits / weights for bits in judged(net, samples, inputs, trace))
+        own, context = judged(net, samples, inputs, trace)
+        mixture, context = sum(own.values()) / weights, context / weights
         row |= {f"{name}mixture": mixture, f"{name}context": context}
-        row |= {} if name else {"decoder": decoder}
+        row |= {} if name else {"decoder": decoder, "by_role": gains_by_role(samples.names, trace.bits, own)}
         row[f"{name}gain"] = row["hand_made"] - decoder - min(mixture, context)
     return row
+
+
+def gains_by_role(rows: Sequence[PlanRow], before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Bits a weight of each role that the density saves over the hand-made contexts."""
+    saved: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        saved.setdefault(role_of(row.name)[0], []).append(row)
+    return {role: round(sum(before[r.name] - after[r.name] for r in own) / sum(r.numel for r in own), 4)
+            for role, own in saved.items()}
 
 
 def learned(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator[Row]:
@@ -285,8 +313,8 @@ def learned(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator[R
 
 
 def learned_table(rows: Sequence[Row]) -> Iterator[str]:
-    names = [name for name in ("hand_made", "mixture", "context", "decoder", "gain", "free_mixture", "free_context", "free_gain")
-             if name in rows[0]]
+    names = [name for name in ("hand_made", "mixture", "context", "decoder", "gain", "free_mixture", "free_context",
+                               "free_gain") if name in rows[0]]
     yield f"| states | bits | n | {' | '.join(names)} |"
     yield "|---" * (3 + len(names)) + "|"
     for key in dict.fromkeys((row["states"], row["bits"]) for row in rows):
@@ -354,7 +382,7 @@ def eight_bits(book: np.ndarray) -> np.ndarray:
 
 
 def nearest(vectors: np.ndarray, books: Books, weights: np.ndarray, turn: np.ndarray | None = None) -> np.ndarray:
-    """Indices (n, stages) of least weights x |vector - turn(sum of entries)|^2 + penalty x bits, by a beam over the stages."""
+    """Indices (n, stages) of least weights x |vector - turn(sum of entries)|^2 + penalty x bits, by a beam over stages."""
     rest, cost = vectors[:, None], np.zeros((len(vectors), 1))
     found = np.zeros((len(vectors), 1, 0), np.int64)
     fee = (books.penalty / np.maximum(weights, 1e-30))[:, None, None]
@@ -516,7 +544,7 @@ def codebooks(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator
     for subject in subjects:
         base, numel = subject.evaluate(subject.state).val_bpb, sum(t.numel() for t in subject.state.values())
         prepared, reference = prepared_of(subject), rd_export(subject, 2.5, args.states[0])
-        side_bytes = len(reference.data) - traced(reference).bits / 8
+        side_bytes = len(reference.data) - sum(traced(reference).bits.values()) / 8
         rest = export.decode_artifact(reference.data).state
         for setting in SETTINGS:
             if args.only and setting.name not in args.only:
@@ -534,14 +562,15 @@ def codebooks(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator
 
 
 def codebooks_table(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| codebooks | n | bytes | bits a weight | gap, mbpb | rd's gap in these bytes | difference (min..max) | in bits a weight |"
+    yield "| codebooks | n | bytes | bits a weight | gap, mbpb | rd's gap in these bytes | difference (min..max) | in bits |"
     yield "|---" * 8 + "|"
     for name in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == name]
         mean = {key: float(np.mean([row[key] for row in own])) for key in own[0] if isinstance(own[0][key], (int, float))}
         low, high = (f(row["excess_mbpb"] for row in own) for f in (min, max))
         yield (f"| {name} | {len(own)} | {mean['bytes']:,.0f} | {mean['bits_per_weight']:.3f} | {mean['gap_mbpb']:.2f} | "
-               f"{mean['rd_gap_mbpb']:.2f} | {mean['excess_mbpb']:+.2f} ({low:+.2f}..{high:+.2f}) | {mean['excess_bits']:+.3f} |")
+               f"{mean['rd_gap_mbpb']:.2f} | {mean['excess_mbpb']:+.2f} ({low:+.2f}..{high:+.2f}) | "
+               f"{mean['excess_bits']:+.3f} |")
     won = sum(row["excess_mbpb"] < 0 for row in rows)
     yield ""
     yield f"codebooks_better:{won} of:{len(rows)} verdict:{'alive' if 2 * won > len(rows) else 'dead'}"
@@ -595,16 +624,20 @@ WAYS: dict[str, Callable[[Prepared], Prepared]] = {
     "one row step": lambda p: flattened(p, "filled", True), "one step a matrix": lambda p: flattened(p, "best", True)}
 
 
+def prepared_by(change: Callable[[Prepared], Prepared]) -> Callable[..., Prepared]:
+    prepare = export.prepare
+    return lambda *given: change(prepare(*given))
+
+
 def anisotropy(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator[Row]:
     for subject in subjects:
         terms, base = subject.statistics().terms, subject.evaluate(subject.state).val_bpb
         for p in prepared_of(subject):
             yield {"checkpoint": subject.path} | predicted(p, subject.state[p.name], terms[p.name])
-        original = export.prepare
         for bits in args.bits:
             filled: Row = {}
             for way, change in WAYS.items():
-                with mock.patch.object(export, "prepare", lambda *given, change=change: change(original(*given))):
+                with mock.patch.object(export, "prepare", prepared_by(change)):
                     made = rd_export(subject, bits, args.states[0])
                 gap = 1000 * (subject.evaluate(export.decode_artifact(made.data).state).val_bpb - base)
                 row: Row = {"way": way, "bits": bits, "bytes": len(made.data), "gap_mbpb": gap,
