@@ -12,7 +12,7 @@ learned     A small network predicts each integer of a file from what its decode
 codebooks   Vectors of neighbouring weights from codebooks that all layers of a role share: k-means as in ClusComp (Liao et
             al. 2025, arXiv 2503.13089), additive as in AQLM (Egiazarian et al. 2024, arXiv 2401.06118). They get the steps,
             the order and the error feedback of rd, within a vector exactly, and an ideal adaptive coder that nobody has
-            written; each is compared with rd in at most the same bytes. A name like `4x256x2 cost 1.0` is: weights a
+            written; each is compared with rd at equal bytes, interpolated between --bits. A name like `4x256x2 cost 1.0` is: weights a
             vector x entries x codebooks added up, normalisation, price of a bit in units of the slope of the Gaussian's
             rate-distortion curve. `cost` divides by rd's water-filled steps, `size` by the sizes of rows and columns.
 anisotropy  What unequal steps are worth: the gain that theory predicts for each matrix, and that of the measured loss.
@@ -351,9 +351,10 @@ class Setting:
         return f"{self.dim}x{self.entries}x{self.stages} {self.by} {self.price}{' shared' if self.shared else ''}"
 
 
-SETTINGS = (Setting(2, 64), Setting(2, 256), Setting(2, 256, price=1.0), Setting(2, 256, by="size"),
-            Setting(4, 256), Setting(4, 1024), Setting(4, 1024, price=1.0), Setting(4, 1024, shared=True),
-            Setting(4, 1024, by="size"), Setting(2, 16, 2, price=1.0), Setting(4, 256, 2), Setting(4, 256, 2, price=1.0))
+SETTINGS = (Setting(2, 256, by="size", price=1.0), Setting(4, 1024, by="size", price=1.0), Setting(2, 256, by="size"),
+            Setting(4, 256, 2, by="size", price=1.0), Setting(4, 1024, by="size"), Setting(2, 256, price=1.0),
+            Setting(4, 1024, by="size", price=1.0, shared=True), Setting(4, 256, by="size"), Setting(2, 256),
+            Setting(4, 256, 2, by="size"), Setting(2, 64, by="size", price=1.0), Setting(4, 1024, price=1.0))
 
 
 @dataclass
@@ -390,7 +391,8 @@ def nearest(vectors: np.ndarray, books: Books, weights: np.ndarray, turn: np.nda
         book = book if turn is None else book @ turn.T
         scores = np.square(book).sum(1) - 2 * rest @ book.T + cost[:, :, None] + fee * bits
         flat, keep = scores.reshape(len(vectors), -1), BEAM if stage + 1 < len(books.entries) else 1
-        best = flat.argmin(1)[:, None] if keep == 1 else np.argpartition(flat, keep, 1)[:, :keep]
+        keep = min(keep, flat.shape[1])
+        best = flat.argmin(1)[:, None] if keep == 1 else np.argpartition(flat, keep - 1, 1)[:, :keep]
         parent, entry = best // len(book), best % len(book)
         cost = np.take_along_axis(flat, best, 1)
         rest = np.take_along_axis(rest, parent[:, :, None], 1) - book[entry]
@@ -484,13 +486,12 @@ class Scaled:
         return y.reshape(-1, dim), weights.reshape(-1)
 
     def buckets(self, dim: int) -> np.ndarray:
-        """(groups, out) contexts: half octaves of the magnitude that rows and columns let expect, from 2^-4 to 2^4 times
-        the matrix's mean.
-        """
+        """(groups, out) contexts: half octaves of the magnitude that rows and columns let expect, in steps of rd."""
         y = np.abs(self.p.columns / self.cols[:, None] / self.rows)
+        y *= np.sqrt(self.col_weights)[:, None] * np.sqrt(self.row_weights)
         groups = y.reshape(-1, dim, y.shape[1]).mean(1)
-        expected = groups.mean(1)[:, None] * groups.mean(0) / max(float(groups.mean())**2, 1e-30)
-        return np.rint(2 * np.log2(expected.clip(2.0**-4, 2.0**4))).astype(np.int64) + 8
+        expected = groups.mean(1)[:, None] * groups.mean(0) / max(float(groups.mean()), 1e-30)
+        return np.rint(2 * np.log2(expected.clip(2.0**-20, 2.0**20))).astype(np.int64) + 40
 
     def quantised(self, books: Books, dim: int) -> tuple[np.ndarray, np.ndarray]:
         """(restored columns (in, out), indices (groups, out, stages)): vector after vector, errors pushed into the columns
@@ -540,10 +541,24 @@ def by_codebooks(subject: Subject, prepared: Sequence[Prepared], setting: Settin
     return nbytes, state
 
 
+def interpolated(curve: Sequence[tuple[float, float]], nbytes: float) -> float:
+    """The gap at so many bytes, on a logarithmic axis; beyond the ends the last two points go on."""
+    sizes, gaps = (np.array(side, float) for side in zip(*sorted(curve), strict=True))
+    logs = np.log(np.maximum(gaps, 1e-9))
+    at = int(np.clip(np.searchsorted(sizes, nbytes), 1, len(sizes) - 1))
+    slope = (logs[at] - logs[at - 1]) / (sizes[at] - sizes[at - 1])
+    return float(np.exp(logs[at] + slope * (nbytes - sizes[at])))
+
+
 def codebooks(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator[Row]:
     for subject in subjects:
         base, numel = subject.evaluate(subject.state).val_bpb, sum(t.numel() for t in subject.state.values())
-        prepared, reference = prepared_of(subject), rd_export(subject, 2.5, args.states[0])
+        prepared, reference, curve = prepared_of(subject), rd_export(subject, 2.5, args.states[0]), []
+        for bits in args.bits:
+            made = rd_export(subject, bits, args.states[0])
+            gap = 1000 * (subject.evaluate(export.decode_artifact(made.data).state).val_bpb - base)
+            curve.append((len(made.data), gap))
+            yield {"checkpoint": subject.path, "rd_bytes": len(made.data), "rd_gap_mbpb": gap}
         side_bytes = len(reference.data) - sum(traced(reference).bits.values()) / 8
         rest = export.decode_artifact(reference.data).state
         for setting in SETTINGS:
@@ -552,16 +567,16 @@ def codebooks(subjects: Sequence[Subject], args: argparse.Namespace) -> Iterator
             t0 = time.perf_counter()
             nbytes, state = by_codebooks(subject, prepared, setting, rest, side_bytes)
             gap = 1000 * (subject.evaluate(state).val_bpb - base)
-            made = rd_export(subject, 8 * nbytes / numel, args.states[0])
-            rd_gap = 1000 * (subject.evaluate(export.decode_artifact(made.data).state).val_bpb - base)
+            rd_gap = interpolated(curve, nbytes)
             row = {"setting": setting.name, "bytes": round(nbytes), "bits_per_weight": 8 * nbytes / numel, "gap_mbpb": gap,
-                   "rd_bytes": len(made.data), "rd_gap_mbpb": rd_gap}
+                   "rd_gap_mbpb": rd_gap}
             worse = gap / rd_gap if rd_gap > 0 and gap > 0 else math.nan
             yield {"checkpoint": subject.path} | asdict(setting) | row | {
                 "excess_mbpb": gap - rd_gap, "excess_bits": 0.5 * math.log2(worse), "s": time.perf_counter() - t0}
 
 
 def codebooks_table(rows: Sequence[Row]) -> Iterator[str]:
+    rows = [row for row in rows if "setting" in row]
     yield "| codebooks | n | bytes | bits a weight | gap, mbpb | rd's gap in these bytes | difference (min..max) | in bits |"
     yield "|---" * 8 + "|"
     for name in dict.fromkeys(row["setting"] for row in rows):
