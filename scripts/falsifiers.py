@@ -377,7 +377,8 @@ class Setting:
         return f"{self.dim}x{self.entries}x{self.stages} {self.by} {self.price}{' shared' if self.shared else ''}"
 
 
-SETTINGS = (Setting(2, 256, by="size", price=1.0), Setting(4, 1024, by="size", price=1.0), Setting(2, 256, by="size"),
+SETTINGS = (Setting(2, 256, by="size", price=1.0), Setting(2, 256, 2, by="size", price=1.0), Setting(2, 256, by="size"),
+            Setting(2, 256, 2, price=1.0), Setting(4, 1024, by="size", price=1.0),
             Setting(4, 256, 2, by="size", price=1.0), Setting(4, 1024, by="size"), Setting(2, 256, price=1.0),
             Setting(4, 1024, by="size", price=1.0, shared=True), Setting(4, 256, by="size"), Setting(2, 256),
             Setting(4, 256, 2, by="size"), Setting(2, 64, by="size", price=1.0), Setting(4, 1024, price=1.0))
