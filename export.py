@@ -796,7 +796,7 @@ def inflate(coded: bytes, raw_bytes: int, field: str, offset: int) -> bytes:
 
 OCTAVE = 32             # exponents of steps and sizes count 1/32 octaves
 MAX_EXPONENT = 32 * OCTAVE
-MAX_GRID_RATIO = 2**13                  # positions a byte of their stream, far beyond what a trained model needs
+MAX_GRID_RATIOS = 2**13, 2**6           # positions, and rows and columns, a byte of their stream: far beyond trained models
 TRELLISES = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10), 64: (0o103, 0o24), 128: (0o235, 0o126),
              256: (0o515, 0o362)}       # states -> parity checks (h0, h1) (Ungerboeck 1982, table I, one dimension)
 
@@ -850,8 +850,7 @@ BUCKETS, LOWEST_OCTAVE = 80, -6         # four to an octave of the expected |pos
 FIXED_ONE = 16 * OCTAVE                 # log2 of 1.0 in the column's running means
 PRIOR_ROWS = 8                          # rows that the expectation before the first one weighs
 COUNT = 64                              # what one symbol adds to a count
-PRIOR_COUNT = 16                        # symbols that a context's table weighs before it has seen any
-MAX_CODE_GRID = 2**(ESCAPED_BITS - 1) - 1
+PRIOR_COUNT = 32                        # symbols that a context's table weighs before it has seen any
 
 
 def shifts(doubled: int) -> np.ndarray:
@@ -903,6 +902,7 @@ class SymbolModel:
         return np.where((share > 0) & (np.arange(SYMBOLS) != ESCAPE), bits, escape)
 
 
+@lru_cache(maxsize=4 * BUCKETS)
 def prior(bucket: int, parity: int, doubled: int) -> list[int]:
     """Counts before any symbol, PRIOR_COUNT in all: geometric in |position| with the bucket's mean."""
     kept_bits = int(shifts(doubled)[bucket])
@@ -1193,9 +1193,9 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     peaks = (np.abs(p.columns) / step_rows).max(1)
     peaks = np.log2(np.maximum(peaks, max(float(peaks.max()) * 2.0**-10, 2.0**-20)))
     log_steps = (p.log_steps + dial - half).clip(peaks - MAX_AIM.bit_length() + 2, peaks + 3)  # positions up to 2^13, or 0
-    col_steps = (COL_TABLE * np.rint(log_steps * OCTAVE / COL_TABLE)).astype(np.int64)
+    col_steps = (COL_TABLE * np.rint(log_steps * OCTAVE / COL_TABLE)).clip(min=-MAX_EXPONENT).astype(np.int64)
     most = 2.0 ** float(peaks.max())
-    require(np.abs(col_steps).max() <= MAX_EXPONENT, f"tensor {p.name}", None, f"magnitudes up to {most:g}", "up to 2^40")
+    require(col_steps.max() <= MAX_EXPONENT, f"tensor {p.name}", None, f"magnitudes up to {most:g}", "up to 2^40")
     step_cols = steps(col_steps).astype(np.float64)
     expected = np.abs(p.columns).mean(0) / step_rows, np.abs(p.columns).mean(1) / step_cols
     mean = max(float((np.abs(p.columns) / step_cols[:, None] / step_rows).mean()), 1e-30)
@@ -1210,8 +1210,10 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     magnitudes = np.abs(positions)
     usual = magnitudes.mean(0) + 2.0**-12           # of a column: wide ones must not speak for the row
     reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
-    reach = np.maximum(reach, (float(reach.max()) or 1.0) * 2.0**-12)       # rows of zeros, matrices of zeros
+    lowest = (float(reach.max()) or float(np.exp2(col_steps.mean() / OCTAVE))) * 2.0**-12
+    reach = np.maximum(reach, lowest)               # rows of zeros
     sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
+    sizes = sizes.clip(-MAX_EXPONENT, MAX_EXPONENT)     # of nearly empty matrices
     bases = [middle_of(v) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
     kinds = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
     return {"positions": positions.reshape(-1), **{kind: values.astype(np.int16) for kind, values in kinds.items()}}
@@ -1593,12 +1595,19 @@ def parse_grid(plan: Sequence[PlanRow], values: dict[str, dict[str, np.ndarray]]
     for row in (row for row in plan if row.codec == "grid"):
         units = values[row.name]["bases"][len(BASES) // 2:]
         require(units.min() >= 1, f"bases of {row.name}", offsets["bases"], f"a unit of {units.min()}", "at least 1")
-    numel, at = sum(row.numel for row in plan if row.codec == "grid"), offsets["positions"]
-    most = MAX_GRID_RATIO * len(body)
-    require(numel <= most, "positions", at, f"{numel} positions in {len(body)} bytes", f"at most {most}")
-    reader = SymbolReader(body, at)
-    code_grid(reader, plan, values, at)
+    check_grid_bytes(plan, len(body), offsets["positions"])
+    reader = SymbolReader(body, offsets["positions"])
+    code_grid(reader, plan, values, offsets["positions"])
     reader.finish()
+
+
+def check_grid_bytes(plan: Iterable[PlanRow], coded_bytes: int, offset: int | None) -> None:
+    """Keeps a small hostile file from long work; the writer keeps to it too."""
+    shapes = [row.shape for row in plan if row.codec == "grid"]
+    for what, count, ratio in zip(("positions", "rows and columns"), (sum(map(math.prod, shapes)), sum(map(sum, shapes))),
+                                  MAX_GRID_RATIOS, strict=True):
+        most = ratio * coded_bytes
+        require(count <= most, "positions", offset, f"{count} {what} in {coded_bytes} bytes", f"at most {most}")
 
 
 def parse_tensor(row: PlanRow, values: dict[str, np.ndarray], offsets: Mapping[str, int]) -> Tensor:
@@ -1758,6 +1767,7 @@ def assembled(state: dict[str, Tensor], meta: Mapping[str, Any], options: Export
             writer = SymbolWriter()
             prices = code_grid(writer, plan, {name: s.values for name, s in tensors.items()}, None).prices()
             coded[stream] = STORED, writer.encoded()
+            check_grid_bytes(plan, len(coded[stream][1]), None)
         else:
             coded[stream] = pack_stream([s.values[stream] for s in tensors.values() if stream in s.values])
     table = [(method, len(body)) for method, body in coded.values()]
