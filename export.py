@@ -1,4 +1,5 @@
-"""Tensors to bytes and back: plan, quantise, correct, deflate, one checked file.
+"""Tensors to bytes and back: plan, quantise, code, one checked file. Two schemes: int8 codes under deflate, and
+rate-distortion (EXPORT_SCHEME=rd), which puts matrices on a trellis grid with its own entropy coder.
 
     python export.py predict NUM_LAYERS=9 MODEL_DIM=512              # predicted: artifact ... + code ... = ... bytes
     python export.py write final_model.pt -o final_model.int8.ptz    # wrote:final_model.int8.ptz total_bytes:... ...
@@ -29,21 +30,23 @@ The inflated header:
       1         name_bytes, 1..255, then the name: printable ASCII
       1         dtype the tensor gets back: 0 float32, 1 float16, 2 bfloat16, 3 float64, 4 uint8, 5 int8, 6 int16,
                 7 int32, 8 int64, 9 bool
-      1         codec: 0 int, 1 f16, 2 f32 (for float dtypes), 3 raw (for all others)
+      1         codec: 0 int, 1 f16, 2 f32, 4 grid (for float dtypes; grid: matrices only), 3 raw (for all others)
       1         axis: who owns a scale, 0 = each row, 1 = each column, 2 = each row and each column (1, 2: int matrices
                 only); an int tensor which is no matrix is one row
       1         layout of the codes: 0 row after row, 1 column after column, 2 rows in ascending order of their scales,
                 3 columns so (1: matrices; 2 needs row scales and 3 column scales; equal scales keep their order)
       1         kept: 0 none, 1 rows, 2 columns, 3 entries (int matrices only)
-      1         rank of the correction, 0..32, at most the rows and the columns (above 0: int matrices only)
+      1         rank of the correction, 0..32, at most the rows and the columns (above 0: int matrices only); of a grid
+                matrix log2 of the trellis's states instead: 0 (none) or 2..8, in all of them alike
       1         factors: how the correction is stored, 0 f16, 1 int8, 2 lqer (0 at rank 0)
       4         kept_count: slices or entries kept, at least 1 if any, at most as many as there are
       1         ndim, 0..8, then 4 each: dims, at least 1
     5 each    the table, one entry per stream: method u8 (0 stored, 1 raw deflate, 2..8 deflated radix digits, `codes`
-              only), coded_bytes u32
+              only; `positions` 0), coded_bytes u32
 
 Streams, in this order: `codes` of each int tensor (int8, -127..127); then those that all tensors share in plan order:
-`scales` (fp16, finite, above zero), `f16`, `f32`, `raw` (bool bytes are 0 or 1), `factors` (bytes), `index` (u32). Their
+`scales` (fp16, finite, above zero), `f16`, `f32`, `raw` (bool bytes are 0 or 1), `factors` (bytes), `index` (u32); and if
+there is a grid matrix `bases` (i16, six for each) and `positions`, whose length the table alone says. The others'
 raw lengths follow from the plan; an empty stream is stored. Values of two and four bytes lie as byte planes: all first
 bytes, then all second bytes, and so on. Floats are finite. Method 1 + m says that |code| is at most m: digits code + m in
 base 2m + 1, as many as fit a byte, first digit lowest, zero digits at the end.
@@ -56,10 +59,34 @@ b (rank, cols) are f16; or int8 codes with a scale for each k, those of a first;
 2402.02446): a as two's-complement 2-bit codes with one scale, b as 4-bit codes with a scale for each 64 of b in order,
 packed from the low bits of a byte, a and b each from a new byte.
 
+A grid matrix is position x 2^((row step + column step) / 32) in fp32, one rounding, the mantissa of the power rounded down,
+then a cast. Steps and row sizes are exponents, base + unit x integer, within +-1024; `bases` holds the bases of column
+steps, row steps and row sizes, then their units, at least 1. With a trellis a column starts in state 0; a position is
+2 x code + the state's lowest bit, and the next state is (s >> 1) ^ (h0 >> 1)(s & 1) ^ (h1 >> 1)(code & 1), with TRELLISES'
+h0 and h1; without one it is the code.
+
+`positions` is interleaved rANS: log2 of the lanes u8, 3..10; the lanes' states, 5 bytes each, at least 2^24; words u16. It
+codes matrices of integers, row after row, the k-th column of a row in lane k modulo the lanes: a row's symbols, then, if
+any has some, its raw bits. First the integers of column steps, a column for each matrix, for each set of matrices with
+equally many columns in the order of first appearance; then for each set with equally many rows those of row steps, then of
+row sizes, and then their positions side by side. A state x gives the slot x mod 2^16; the symbol whose share holds it, from
+`start`; and share x (x >> 16) + slot - start, below 2^24 followed by a word. It ends with every word used and every state at
+2^24.
+
+A symbol is (code >> raw bits) + 63, or 127 = escape, followed by 16 bits of the code's two's complement. Its context is 2 x
+bucket + parity. The bucket is floor((level + learned + 192) / 8), 0..79: level = row size - row step - column step (for
+steps and sizes 0), within +-512; learned = 4 k - 512, k being how many of floor(2^(0/32)), floor(2^(4/32)), ...,
+floor(2^(1532/32)) are at most floor(S / (8 + i)) at row i, for i below 32 and multiples of 8, else as before; S = 8 x 2^16
+plus, over the rows so far, |position| x floor(2^((512 - level) / 32)). A code has max(bucket // 4 - 8 - t, 0) raw bits,
+t = 1 with a trellis. The shares of a context are of 2^16: floor(count x (2^16 - 4) / all counts), 4 for the escape, what is
+missing to the first of the largest; a symbol without a share is escaped. Counts start at `prior`, steps and sizes having
+theirs, grow by 64 a symbol, and make new shares after the row in which max(512, seen // 8) came together.
+
 A reader rejects, as ArtifactError, whatever breaks a line above, and: tensors beyond 2^30 bytes in all, a raw length
 above 1032 x the coded one (deflate's limit), a deflate stream that ends before or after its raw length or its coded
-bytes, bytes left over anywhere. Lengths are bounded before anything is allocated. Offsets count from the start of the
-file; those of fields named `header.*` from the start of the inflated header.
+bytes, more than 8192 positions or 64 rows and columns for a byte of `positions`, bytes left over anywhere. Lengths are
+bounded before anything is allocated. Offsets count from the start of the file; those of fields named `header.*` from the
+start of the inflated header.
 """
 from __future__ import annotations
 
