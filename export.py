@@ -930,7 +930,7 @@ class SymbolModel:
 
 
 @lru_cache(maxsize=4 * BUCKETS)
-def prior(bucket: int, parity: int, doubled: int) -> list[int]:
+def prior(bucket: int, parity: int, doubled: int) -> tuple[int, ...]:
     """Counts before any symbol, PRIOR_COUNT in all: geometric in |position| with the bucket's mean."""
     kept_bits = int(shifts(doubled)[bucket])
     mean = power((bucket * 2 + 1) * OCTAVE // 8 + LOWEST_OCTAVE * OCTAVE + FIXED_ONE) >> kept_bits
@@ -939,7 +939,7 @@ def prior(bucket: int, parity: int, doubled: int) -> list[int]:
         by_size.append(weight)
         weight = weight * fall >> 16
     shape = [by_size[abs((t << doubled) + parity * doubled)] for t in range(-REACH, REACH + 1)]
-    return [PRIOR_COUNT * COUNT * w // sum(shape) for w in shape] + [0]
+    return (*(PRIOR_COUNT * COUNT * w // sum(shape) for w in shape), 0)
 
 
 class SymbolWriter:
@@ -1166,7 +1166,7 @@ def curvature(w: np.ndarray, terms: Sequence[Term]) -> Curvature:
         first, second = (np.diag(inner), np.diag(outer)) if term.transposed else (outer, inner)
         rows, moment = rows + first * np.trace(second), moment + second * first.sum()
         total += first.sum() * np.trace(second)
-    rows, tiny = rows / max(total, 1e-300), 1e-30
+    moment, tiny = moment / max(total, 1e-300), 1e-30       # not the rows: none may move when another is scaled
     size = np.maximum((w * w).mean(1), tiny * max(float((w * w).mean()), tiny))
     rows = rows + GRID_DAMPING * max(float((rows * size).mean()), tiny) / size      # no gradient at all: all rows alike
     size = np.maximum((w * w * rows[:, None]).mean(0), tiny * max(float((w * w * rows[:, None]).mean()), tiny))
@@ -1201,11 +1201,12 @@ def prepare(name: str, w: Tensor, terms: Sequence[Term]) -> Prepared:
     """
     matrix = w.double().numpy()
     cost = curvature(matrix, terms)
-    order = np.argsort(-np.diag(cost.moment), kind="stable")
+    energy = np.diag(cost.moment) * np.einsum("ij,i,ij->j", matrix, cost.rows, matrix)
+    order = np.argsort(-energy, kind="stable")
     factor = np.linalg.cholesky(cost.moment[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
     diagonal = np.diag(factor).copy()
     row_log = -0.5 * np.log2(cost.rows)
-    middle = float(np.median(row_log))
+    middle = float(np.rint(np.median(row_log) * OCTAVE / ROW_TABLE)) * ROW_TABLE / OCTAVE    # moves no step off its table
     row_steps = ROW_TABLE * np.rint((row_log - middle).clip(-8, 8) * OCTAVE / ROW_TABLE)
     columns = np.ascontiguousarray(matrix.T[order])
     sizes = 0.5 * np.log2(np.maximum(np.square(columns / np.exp2(row_steps / OCTAVE)).mean(1), 1e-30))
@@ -1224,11 +1225,10 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     most = 2.0 ** float(peaks.max())
     require(col_steps.max() <= MAX_EXPONENT, f"tensor {p.name}", None, f"magnitudes up to {most:g}", "up to 2^40")
     step_cols = steps(col_steps).astype(np.float64)
-    expected = np.abs(p.columns).mean(0) / step_rows, np.abs(p.columns).mean(1) / step_cols
-    mean = max(float((np.abs(p.columns) / step_cols[:, None] / step_rows).mean()), 1e-30)
-    level = [np.log2(np.maximum(e, 1e-30)) for e in expected]
-    level = [level[0] - level[0].mean(), level[1] - level[1].mean() + math.log2(mean)]
-    buckets = np.rint(4 * (level[0] + level[1][:, None] - LOWEST_OCTAVE)).clip(0, BUCKETS - 1).astype(np.int64)
+    sizes = np.abs(p.columns) / step_cols[:, None] / step_rows
+    usual = np.maximum(sizes.mean(1), 1e-30)
+    level = np.log2(usual)[:, None] + np.log2(np.maximum((sizes / usual[:, None]).mean(0), 1e-30))
+    buckets = np.rint(4 * (level - LOWEST_OCTAVE)).clip(0, BUCKETS - 1).astype(np.int64)
     placed = with_feedback(p, step_rows, step_cols, buckets, prices, penalty, states)
     positions, ordered = np.empty(placed.T.shape, np.int32), col_steps
     positions[:, p.order] = placed.T

@@ -1508,7 +1508,8 @@ class Calibration:
     def add(self, name: str, use: str, rows: Tensor | None, moment: Tensor | None) -> None:
         """Adds to the sums; a matrix that is used several times in a pass has its inputs' moments averaged."""
         parts = rows, moment, None if moment is None else torch.ones((), device=self.rt.device)
-        held = self.sums.setdefault((name, use), [torch.zeros((), device=self.rt.device) for _ in parts])
+        zero = torch.zeros((), dtype=torch.float64, device=self.rt.device)
+        held = self.sums.setdefault((name, use), [zero for _ in parts])
         self.sums[name, use] = [a if b is None else a + b for a, b in zip(held, parts, strict=True)]
 
     def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
@@ -1557,7 +1558,7 @@ class Calibration:
         for (name, use), (rows, moment, _) in sorted(self.sums.items()):
             rows, moment = (self.rt.reduce(t.clone()).cpu() / tokens for t in (rows, moment))
             calls = passes[name, use] / passes["tok_emb.weight", "input"]
-            terms[name] = (*terms.get(name, ()), Term(rows, moment / calls, use == "transposed"))
+            terms[name] = (*terms.get(name, ()), Term(rows.float(), (moment / calls).float(), use == "transposed"))
         return Statistics(weights_digest(self.model.state_dict()), int(tokens), terms)
 
 

@@ -119,6 +119,16 @@ def measure(state: dict[str, Tensor], prepared: list[export.Prepared], bits: flo
         profiled("coding", lambda: measure_coder(tensors))
 
 
+def measure_whole(state: dict[str, Tensor], terms: Mapping[str, tuple[export.Term, ...]], bits: float, states: int) -> None:
+    """A whole export to a size, the search for the dial included, and its reading."""
+    options = export.ExportOptions(export_scheme="rd", export_bits=bits, tcq_states=states)
+    statistics = export.Statistics(export.weights_digest(state), 1, terms)
+    made, export_s = timed(lambda: export.encode_artifact(state, {}, options, statistics=statistics))
+    _, read_s = timed(lambda: export.decode_artifact(made.data))
+    say(states=states, export_s=export_s, read_s=read_s, file_bytes=len(made.data), most_bytes=made.report.planned_bytes,
+        peak_gib=peak_gib())
+
+
 def measure_coder(tensors: Mapping[str, export.Stored]) -> dict[str, float]:
     """Seconds of coding, its model's and its arithmetic's parts, and of decoding, which must find the same."""
     plan, values = [s.row for s in tensors.values()], {name: s.values for name, s in tensors.items()}
@@ -146,6 +156,7 @@ def main(arguments: Iterable[str]) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bits", type=float, default=3.0, help="of a weight")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--whole", action="store_true", help="also whole exports to that size, and their reading")
     parser.add_argument("--profile", action="store_true", help="coding and decoding once more under cProfile")
     args = parser.parse_args(list(arguments))
     torch.set_num_threads(args.threads)
@@ -162,6 +173,9 @@ def main(arguments: Iterable[str]) -> int:
     say(prepare_s=prepare_s, peak_gib=peak_gib())
     for states in args.states:
         measure(state, prepared, args.bits, states, args.profile)
+    del prepared
+    for states in args.states if args.whole else ():
+        measure_whole(state, terms, args.bits, states)
     return 0
 
 
