@@ -552,6 +552,58 @@ def test_the_time_set_aside_follows_the_pace():
     assert train_gpt.calibration_ms(train_gpt.Config.parse({})[0], 10, 500.0) == 0
 
 
+# --- rate-distortion runs -----------------------------------------------------------------------------------------------
+
+RD = {"ITERATIONS": "10", "EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "1000", "TCQ_STATES": "8"}
+
+
+def test_a_rate_distortion_run_ends_just_below_the_cap_and_can_be_repeated(env):
+    cap = train_gpt.code_bytes() + 45_000
+    env |= RD | {"ARTIFACT_CAP_BYTES": str(cap)}
+    again = env | {"RUN_ID": "again"}
+    assert train_gpt.main(env) == train_gpt.main(again) == 0
+    log, found = text_of(env), summary(env)
+    assert cap - 2000 <= found["total_bytes"] <= cap
+    assert (found["export_scheme"], found["artifact"]) == ("rd", "final_model.rd.anlm")
+    assert f"Serialized model rd: {found['artifact_bytes']} bytes (" in log
+    assert re.search(r"^water-filling: .* blocks\.0\.attn\.c_k\.weight:\d\.\d\d ", log, re.MULTILINE)
+    exact = re.search(r"^final_rd_roundtrip_exact val_loss:(\S+) val_bpb:\S+$", log, re.MULTILINE)
+    assert float(exact[1]) == pytest.approx(found["roundtrip"]["val_loss"], abs=1e-8)
+    assert found["roundtrip"]["val_bpb"] == pytest.approx(found["pre_roundtrip"]["val_bpb"], abs=0.05)
+    first, second = ((outputs(run) / found["artifact"]).read_bytes() for run in (env, again))
+    assert first == second
+    state = export.decode_artifact(first).state
+    assert set(state) == set(train_gpt.tensor_shapes(train_gpt.Config.parse(env)[0].shape))
+
+
+def test_tuned_steps_keep_the_integers_and_the_cap_on_one_rank_and_on_two(env):
+    cap = train_gpt.code_bytes() + 45_000
+    plain = env | RD | {"ARTIFACT_CAP_BYTES": str(cap)}
+    tuned, two = plain | {"RUN_ID": "tuned", "EXPORT_TUNE_STEPS": "3"}, plain | {"RUN_ID": "two", "EXPORT_TUNE_STEPS": "3"}
+    assert train_gpt.main(tuned) == 0
+    done = torchrun(2, two)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for run in (tuned, two):
+        assert re.search(r"^tuned: steps:3 time:\d+ms train_time:\d+ms$", text_of(run), re.MULTILINE)
+        assert summary(run)["total_bytes"] <= cap
+        values = export.load_artifact(outputs(run) / "final_model.rd.anlm").values.values()
+        assert all(list(own["bases"][3:]) == [1, 1, 8] for own in values if "bases" in own)
+    assert summary(two)["roundtrip"]["val_loss"] == pytest.approx(summary(tuned)["roundtrip"]["val_loss"], abs=5e-3)
+
+
+@pytest.mark.parametrize(("knobs", "message"), [
+    ({"EXPORT_SCHEME": "rd"}, "EXPORT_SCHEME=rd needs CALIBRATION_TOKENS"),
+    (RD | {"ARTIFACT_EVERY": "5"}, "ARTIFACT_EVERY measures EXPORT_SCHEME=int8_zlib alone; unset one of them"),
+    ({"EXPORT_TUNE_STEPS": "2"}, "EXPORT_TUNE_STEPS needs EXPORT_SCHEME=rd"),
+    (RD | {"TCQ_STATES": "3"}, "TCQ_STATES must be 0, 4, 8, 16, 32, 64, 128, 256, got 3"),
+    (RD | {"INT8_AXIS_MODE": "col"}, "EXPORT_SCHEME=rd has no use for INT8_AXIS_MODE; unset one of them"),
+    ({"EXPORT_BITS": "3"}, "EXPORT_SCHEME=int8_zlib has no use for EXPORT_BITS; unset one of them"),
+    (RD | {"EXPORT_BITS": "12"}, "EXPORT_BITS must be at most 9, got 12"),
+])
+def test_a_rate_distortion_knob_that_cannot_work_is_refused_in_one_line(env, capsys, knobs, message):
+    assert only_problem(env | knobs, capsys) == f"error: {message}"
+
+
 # --- the same result however the work is cut ----------------------------------------------------------------------------
 
 
@@ -616,12 +668,13 @@ def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
 # --- the submission -----------------------------------------------------------------------------------------------------
 
 
-def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path):
+@pytest.mark.parametrize("knobs", [{}, {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256"}], ids=["int8", "rd"])
+def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path, knobs):
     packed = packing.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "train_gpt.py").write_text(packed)
-    env |= {"ITERATIONS": "1", "LOG_DIR": "logs"}
+    env |= {"ITERATIONS": "1", "LOG_DIR": "logs"} | knobs
     done = subprocess.run([sys.executable, "train_gpt.py"], env=bare_environment() | env, cwd=folder, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -649,6 +702,7 @@ def test_a_packed_file_refuses_what_needs_scripts_before_any_work(env, tmp_path,
     for knob, (value, tool) in NEEDS_A_TOOL.items():
         start = f"error: {knob}={value}: this option needs scripts/{tool}.py beside export.py, found no {tmp_path}/"
         assert any(line.startswith(start) for line in said), (knob, said)
+    assert train_gpt.Config(export_tune_steps=1).tools() == {"EXPORT_TUNE_STEPS=1": "tuning"}
 
 
 def test_two_files_without_scripts_are_told_apart_from_a_packed_one(env, tmp_path, monkeypatch, capsys):
@@ -678,10 +732,12 @@ def test_the_loss_curve_on_cuda_is_the_baselines(env, compiled):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("compiled", ["0", "1"])
-def test_on_cuda_a_calibrated_run_fits_the_cap(env, compiled):
-    env |= {"DEVICE": "cuda", "ENABLE_TORCH_COMPILE": compiled, "WARMUP_STEPS": "2", "ITERATIONS": "5", "CAP_POLICY": "fit"}
+@pytest.mark.parametrize("knobs", [{"EXPORT_ALLOCATE": "hessian", "CAP_POLICY": "fit"}, {"EXPORT_SCHEME": "rd"},
+                                   {"EXPORT_SCHEME": "rd", "EXPORT_TUNE_STEPS": "2"}], ids=["int8", "rd", "tuned"])
+def test_on_cuda_a_calibrated_run_fits_the_cap(env, compiled, knobs):
+    env |= {"DEVICE": "cuda", "ENABLE_TORCH_COMPILE": compiled, "WARMUP_STEPS": "2", "ITERATIONS": "5"} | knobs
     cap = train_gpt.code_bytes() + 40_000
-    env |= {"EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "2048", "ARTIFACT_CAP_BYTES": str(cap)}
+    env |= {"CALIBRATION_TOKENS": "2048", "ARTIFACT_CAP_BYTES": str(cap)}
     assert train_gpt.main(env) == 0
     assert summary(env)["total_bytes"] <= cap
     assert summary(env)["roundtrip"]["val_bpb"] == pytest.approx(summary(env)["pre_roundtrip"]["val_bpb"], abs=0.1)
