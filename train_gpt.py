@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -1859,19 +1860,7 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
     folder = RunFolder(Path(cfg.log_dir) / name, rt.master)
     rt.start(cfg.sdp_backend)
     try:
-        job = Job.build(cfg, rt, folder, data)
-        describe(job)
-        job.seconds["prepare"] = time.perf_counter() - t0
-        warm_up(job)
-        checkpoint = checkpoint_to_resume(cfg)
-        if checkpoint is not None:
-            job.restore(checkpoint)
-        folder.forget_metrics_from(job.step)
-        before = train(job)
-        folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*rt.peak_memory_mib()))
-        report = export_model(job, calibrate_job(job))
-        after = roundtrip(job) if cfg.final_roundtrip_eval else None
-        return summarise(job, before, report, after) if report is not None else 0
+        return carry_out(Job.build(cfg, rt, folder, data), t0)
     except Stopped as stop:
         folder.log(str(stop))
         return 128 + stop.signal_number
@@ -1879,7 +1868,27 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
         folder.log(f"failed: {error}; what was saved is in {folder.path}")
         return 1
     finally:
+        # The job's reducer must go first: were it the last to hold the process group, its end would wait, with Python's lock
+        # held, for threads that need the lock to drop their tensors.
+        gc.collect()
         rt.stop()
+
+
+def carry_out(job: Job, t0: float) -> int:
+    """Everything from warm-up to the summary; returns the exit code."""
+    cfg, folder = job.cfg, job.folder
+    describe(job)
+    job.seconds["prepare"] = time.perf_counter() - t0
+    warm_up(job)
+    checkpoint = checkpoint_to_resume(cfg)
+    if checkpoint is not None:
+        job.restore(checkpoint)
+    folder.forget_metrics_from(job.step)
+    before = train(job)
+    folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*job.rt.peak_memory_mib()))
+    report = export_model(job, calibrate_job(job))
+    after = roundtrip(job) if cfg.final_roundtrip_eval else None
+    return summarise(job, before, report, after) if report is not None else 0
 
 
 def main(env: Mapping[str, str]) -> int:
