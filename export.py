@@ -1433,7 +1433,7 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
     best = max(fitting, key=lambda e: len(e.data))
     loss = sum(expected_loss(state[name] - restore(s.row, s.values).to(state[name].dtype), statistics.terms[name])
                for name, s in best.tensors.items() if name in names)
-    slow = "" if compiled(best_path) else "numba is not installed: the search for paths took some 50 times as long"
+    slow = "" if compiled(best_path) else "numba is not installed: the search for paths took 20 to 80 times as long"
     best.report = replace(best.report, planned_bytes=high, expected_nats=loss, note=slow,
                           step_gains={p.name: p.gain_bits for p in prepared})
     return best

@@ -480,6 +480,30 @@ def test_columns_of_different_sizes_cost_their_own_entropies() -> None:
     assert bits < 1.04 * entropy
 
 
+class PlainTables:
+    """Shares by context, which follow the counts when an eighth more symbols have been seen."""
+
+    def __init__(self, doubled: int) -> None:
+        self.counts = {(b, p): list(export.prior(b, p, doubled)) for b in range(80) for p in (0, 1)}
+        self.fresh, self.seen, self.shares = [], 0, {}
+
+    def shares_of(self, context: tuple[int, int]) -> list[int]:
+        if context not in self.shares:
+            counts = self.counts[context]
+            share = [c * (2**16 - 4) // sum(counts) for c in counts]
+            share[-1] = 4
+            share[share.index(max(share))] += 2**16 - sum(share)
+            self.shares[context] = share
+        return self.shares[context]
+
+    def saw(self, pairs: list[tuple[tuple[int, int], int]]) -> None:
+        self.fresh += pairs
+        if len(self.fresh) >= max(512, self.seen // 8):
+            for context, symbol in self.fresh:
+                self.counts[context][symbol] += 64
+            self.seen, self.fresh, self.shares = self.seen + len(self.fresh), [], {}
+
+
 def plain_positions(body: bytes, row: PlanRow, values: Mapping[str, np.ndarray]) -> list[list[int]]:
     """The positions of one matrix decoded without numpy, one symbol at a time, Python's integers throughout: a second
     reader, for a file whose exponents are all zero.
@@ -493,30 +517,7 @@ def plain_positions(body: bytes, row: PlanRow, values: Mapping[str, np.ndarray])
         if states[lane] < 2**24:
             states[lane] = states[lane] << 16 | words.pop()
 
-    class Tables:
-        """Shares by context, which follow the counts when an eighth more symbols have been seen."""
-
-        def __init__(self, doubled: int) -> None:
-            self.counts = {(b, p): list(export.prior(b, p, doubled)) for b in range(80) for p in (0, 1)}
-            self.fresh, self.seen, self.shares = [], 0, {}
-
-        def shares_of(self, context: tuple[int, int]) -> list[int]:
-            if context not in self.shares:
-                counts = self.counts[context]
-                share = [c * (2**16 - 4) // sum(counts) for c in counts]
-                share[-1] = 4
-                share[share.index(max(share))] += 2**16 - sum(share)
-                self.shares[context] = share
-            return self.shares[context]
-
-        def saw(self, pairs: list[tuple[tuple[int, int], int]]) -> None:
-            self.fresh += pairs
-            if len(self.fresh) >= max(512, self.seen // 8):
-                for context, symbol in self.fresh:
-                    self.counts[context][symbol] += 64
-                self.seen, self.fresh, self.shares = self.seen + len(self.fresh), [], {}
-
-    def matrix(tables: Tables, rows: int, cols: int, doubled: int) -> list[list[int]]:
+    def matrix(tables: PlainTables, rows: int, cols: int, doubled: int) -> list[list[int]]:
         state, learned, sums, found = [0] * cols, [0] * cols, [8 << 16] * cols, []
         for i in range(rows):
             if i < 32 or i % 8 == 0:
@@ -548,7 +549,7 @@ def plain_positions(body: bytes, row: PlanRow, values: Mapping[str, np.ndarray])
             sums = [total + (abs(p) << 16) for total, p in zip(sums, found[-1], strict=True)]
         return found
 
-    side, tables = Tables(0), Tables(int(row.states > 0))
+    side, tables = PlainTables(0), PlainTables(int(row.states > 0))
     assert matrix(side, cols, 1, 0) == [[0]] * cols
     assert matrix(side, rows, 2, 0) == [[0, 0]] * rows
     found = matrix(tables, rows, cols, int(row.states > 0))
