@@ -19,3 +19,15 @@ ensure_venv() {  # ensure_venv REQUIREMENTS_FILE
         : > "$stamp"
     fi
 }
+
+load_recipe() {  # load_recipe FILE: exports its knobs; those that the environment has already win
+    local line name
+    while IFS= read -r line || [ -n "$line" ]; do
+        name=${line%%=*}
+        case $line in
+            '' | '#'*) ;;
+            [A-Z]*=*) [ -n "${!name+set}" ] || export "$name=${line#*=}" ;;
+            *) echo "error: $1 holds a line that is no KNOB=value: $line" >&2; exit 2 ;;
+        esac
+    done < "$1"
+}
