@@ -43,6 +43,7 @@ from export_verbs import OneLineParser  # noqa: E402
 from sweep_spec import Planned, Spec, SpecError, log_folder, plan, read_spec, write_object  # noqa: E402
 from train_gpt import Config, Runtime, caught_signals  # noqa: E402
 
+TRAINER = ROOT / "train_gpt.py"
 DONE = ("finished", "over_cap", "halted", "failed")     # states that a run does not leave by itself
 POLL_S = 0.5
 
@@ -166,12 +167,14 @@ class Sweep:
             self.say(f"{run.label}: still running from an earlier call, waiting for it")
             return
         env, path = self.environment(run, slot), run.folder / "sweep.json"
+        for earlier in record["attempts"]:
+            earlier["ended"] = earlier["ended"] or "unknown"        # killed together with the call that started it
         attempt = {"started": now(), "ended": None, "exit_code": None, "slot": slot, "pid": None, "from": env["RESUME"]}
         record["attempts"].append(attempt)
         write_object(path, record)
         with (run.folder / "sweep.out").open("ab") as out:
             # In a session of its own: a Ctrl-C reaches this program alone, which then ends the runs in good order.
-            child = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdin=subprocess.DEVNULL,
+            child = subprocess.Popen([sys.executable, str(TRAINER)], env=env, stdin=subprocess.DEVNULL,
                                      stdout=out, stderr=subprocess.STDOUT, pass_fds=[descriptor], start_new_session=True)
         os.close(descriptor)                # the process holds the lock now
         attempt["pid"] = child.pid

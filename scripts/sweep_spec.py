@@ -38,7 +38,7 @@ import random
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,8 @@ def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
                 planned.append(planned_run(arm, knobs, cfg, code, [data_of(cfg.data_path, cfg.tokenizer_path), machine]))
     if problems:
         raise SpecError(list(dict.fromkeys(problems)))
-    return planned
+    folders = {run.identity: run.folder for run in reversed(planned)}       # arms that are the same share the first one's
+    return [replace(run, folder=folders[run.identity]) for run in planned]
 
 
 def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: str, rest: Any) -> Planned:
