@@ -6,6 +6,7 @@
     seeds = [1337, 1338, 1339]
     control = "deep"                    # the arm that the others are compared with
     threads = 1                         # of a run on CPU; another number of threads rounds differently
+    repeats = 1                         # runs of each arm and seed: more than one asks how repeatable a result is
     retries = 1                         # times that a crashed run is started again
     share_training = false              # true: runs that differ in export or evaluation alone train once
 
@@ -62,8 +63,8 @@ PLACES = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "DEVICE")    # knobs that a 
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "TRAIN_SEQ_LEN", "VOCAB_SIZE")
 OWN = ("RUN_ID", "RESUME", "SEED")                              # knobs that a sweep sets
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, "threads": int, "retries": int,
-         "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict, "stop": dict}
+KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, "threads": int, "repeats": int,
+         "retries": int, "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict, "stop": dict}
 
 
 class SpecError(ValueError):
@@ -93,6 +94,7 @@ class Spec:
     seeds: tuple[int, ...]
     control: str | None
     threads: int
+    repeats: int
     retries: int
     share_training: bool
     arms: dict[str, dict[str, str]]         # every knob of an arm that is set, as environment variables
@@ -101,11 +103,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a sweep. `identity` is equal exactly where configuration, seed, code, data and machine kind are; runs of
-    equal `training` end with the same weights.
+    """One run of a sweep. `identity` is equal exactly where configuration, seed, code, data, kind of machine and number of
+    the repeat are; runs of equal `training` end with the same weights.
     """
     arm: str
     seed: int
+    repeat: int                             # from 0
     knobs: dict[str, str]
     cfg: Config
     code: str
@@ -115,7 +118,7 @@ class Planned:
 
     @property
     def label(self) -> str:
-        return f"{self.arm} seed {self.seed}"
+        return f"{self.arm} seed {self.seed}" + (f" repeat {self.repeat}" if self.repeat else "")
 
 
 def read_spec(path: Path, extra: Mapping[str, str]) -> Spec:
@@ -135,6 +138,8 @@ def read_spec(path: Path, extra: Mapping[str, str]) -> Spec:
         (not seeds or len(set(map(str, seeds))) < len(seeds) or any(type(seed) is not int for seed in seeds),
          f"seeds must be whole numbers, each once, got {seeds}"),
         (raw.get("threads", 1) < 1, f"threads must be at least 1, got {raw.get('threads')}"),
+        (raw.get("repeats", 1) < 1, f"repeats must be at least 1, got {raw.get('repeats')}"),
+        (raw.get("repeats", 1) > 1 and raw.get("share_training"), "repeats would share one training, and show nothing"),
         (raw.get("retries", 1) < 0, f"retries must be at least 0, got {raw.get('retries')}"),
     ) if wrong]
     arms = attempt(problems, lambda: expand(raw), {})
@@ -146,7 +151,7 @@ def read_spec(path: Path, extra: Mapping[str, str]) -> Spec:
         raise SpecError([f"{path}: {problem}" for problem in problems])
     common = base | attempt([], lambda: as_knobs(raw.get("knobs", {})), {})
     return Spec(path, raw["name"], raw.get("track", ""), tuple(seeds), raw.get("control"), raw.get("threads", 1),
-                raw.get("retries", 1), raw.get("share_training", False),
+                raw.get("repeats", 1), raw.get("retries", 1), raw.get("share_training", False),
                 {arm: common | knobs | dict(extra) for arm, knobs in arms.items()}, stop)
 
 
@@ -256,23 +261,24 @@ def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
             if not problems:
                 machine = rt.device.type, str(rt.dtype), rt.compiled, spec.threads if rt.device.type == "cpu" else 0
                 code = code_of(tuple(sorted(set(cfg.tools().values()))))
-                planned.append(planned_run(arm, knobs, cfg, code, [data_of(cfg.data_path, cfg.tokenizer_path), machine]))
+                rest = [data_of(cfg.data_path, cfg.tokenizer_path), machine]
+                planned += [planned_run(arm, knobs, cfg, code, rest, repeat) for repeat in range(spec.repeats)]
     if problems:
         raise SpecError(list(dict.fromkeys(problems)))
     folders = {run.identity: run.folder for run in reversed(planned)}       # arms that are the same share the first one's
     return [replace(run, folder=folders[run.identity]) for run in planned]
 
 
-def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: str, rest: Any) -> Planned:
+def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: str, rest: list[Any], repeat: int) -> Planned:
     """The run, its two hashes, and its folder: an existing one of this identity, whatever its arm's name, or a new one."""
     identity, training = (
         hashlib.sha256(json.dumps([{f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in left_out},
-                                   code, rest], sort_keys=True).encode()).hexdigest()[:10]
+                                   code, rest + [repeat] * (repeat > 0)], sort_keys=True).encode()).hexdigest()[:10]
         for left_out in (NOT_IDENTITY, NOT_IDENTITY | AFTER_TRAINING))
     logs = Path(cfg.log_dir)
     name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", arm)[:80]
     folder = next(iter(sorted(logs.glob(f"*_s{cfg.seed}_{identity}"))), logs / f"{name}_s{cfg.seed}_{identity}")
-    return Planned(arm, cfg.seed, knobs, cfg, code, identity, training, folder)
+    return Planned(arm, cfg.seed, repeat, knobs, cfg, code, identity, training, folder)
 
 
 # Instead of where data and device are, an identity has what they are.

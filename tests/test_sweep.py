@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,9 @@ def inline(value: Any) -> str:
     return json.dumps(value)
 
 
+CODE_DIGEST = lru_cache(sweep_spec.code_digest)        # reading all sources takes most of a second
+
+
 @pytest.fixture
 def place(tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for a sweep over tiny data, with nothing of ours in the environment and the stand-in as the trainer."""
@@ -81,6 +85,7 @@ def place(tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "logs" / "acts.json").write_text("{}")
     monkeypatch.setattr(sweep, "TRAINER", tmp_path / "stand_in.py")
     monkeypatch.setattr(sweep, "POLL_S", 0.02)
+    monkeypatch.setattr(sweep_spec, "code_digest", CODE_DIGEST)
     knobs = {name: value for name, value in tiny_knobs(tiny_data, tmp_path).items() if name not in ("RUN_ID",)}
     (tmp_path / "tiny.env").write_text("".join(f"{name}={value}\n" for name, value in knobs.items()))
     return tmp_path
@@ -170,6 +175,8 @@ def test_random_draws_lie_where_they_should_and_depend_on_their_seed_alone(place
     ({"base": "nowhere"}, "recipe nowhere: no such file, and none of scripts/recipes/"),
     ({"control": "z"}, "control 'z' is no arm; these are: a, b, c"),
     ({"threads": 0}, "threads must be at least 1, got 0"),
+    ({"repeats": 0}, "repeats must be at least 1, got 0"),
+    ({"repeats": 2, "share_training": True}, "repeats would share one training, and show nothing"),
     ({"retries": -1}, "retries must be at least 0, got -1"),
     ({"grid": {"MLP_MULT": 2}}, "[grid] MLP_MULT must be a list of values, got 2"),
     ({"knobs": {"MLP_MULT": [2]}}, "MLP_MULT must be a number, a word or a truth value, got [2]"),
@@ -303,6 +310,15 @@ def test_one_configuration_under_two_names_runs_once_and_is_said(place: Path, ca
     assert events(place) == ["a", "a"]
     assert {key: row["state"] for key, row in ledger(place).items()} == dict.fromkeys(
         [("a", 1), ("twin", 1), ("a", 2), ("twin", 2)], "finished")
+
+
+def test_repeats_are_runs_of_their_own_of_one_configuration(place: Path):
+    assert sweep.main([str(write_spec(place, arms={"a": {"MATRIX_LR": 0.01}}, seeds=[1]))]) == 0
+    assert sweep.main([str(write_spec(place, arms={"a": {"MATRIX_LR": 0.01}}, seeds=[1], repeats=3))]) == 0
+    assert events(place) == ["a"] * 3                           # the first was there
+    rows = json.loads((place / "logs" / "sweep_t.json").read_text())["runs"]
+    assert len({row["run_id"] for row in rows}) == 3
+    assert len({runs.read_run(place / "logs" / row["folder"]).configuration for row in rows}) == 1
 
 
 def test_arms_that_end_by_the_clock_are_warned_of(place: Path, capsys: pytest.CaptureFixture[str]):
