@@ -12,8 +12,8 @@ anew. A run that crashed starts again from its last checkpoint (RESUME=auto), `r
 sweep.json and in the ledger LOG_DIR/sweep_NAME.json, which is rewritten at every change. SIGINT and SIGTERM stop the runs,
 which write a checkpoint first. When this program is killed outright its runs go on; the next call waits for them.
 
-With [stop], a run whose val_bpb at a rung is not among the best `keep` of the runs of its seed that were there is stopped
-("halted"), unless it is the control. With share_training, the first run of each training keeps the checkpoint of its last
+With [stop], a run under way is stopped ("halted") as soon as its val_bpb at a rung is not among the best `keep` of all runs of
+its seed that got there, unless it is the control. With share_training, the first run of each training keeps the checkpoint of its last
 step and the others go on from it: the same weights, another export or evaluation.
 
 Exit codes: 0 all runs finished or were halted, 1 some failed, 2 a wrong specification (nothing started), 130/143 stopped.
@@ -59,7 +59,6 @@ class Process:
     slot: str
     pid: int | None         # None: that call ended before it could note it
     child: subprocess.Popen[bytes] | None
-    rung: int = 0           # the last one at which it was compared
     halted: str = ""
 
     def ended(self) -> bool:
@@ -203,9 +202,8 @@ class Sweep:
             assert stop is not None
             losses = val_bpb_by_step(process.run.folder)
             for rung in stop.rungs:
-                if rung <= process.rung or rung not in losses or process.halted:
+                if rung not in losses or process.halted:
                     continue
-                process.rung = rung
                 rivals = sorted(there[rung] for other in self.planned if other.seed == process.run.seed
                                 and rung in (there := val_bpb_by_step(other.folder)))
                 place = 1 + sum(loss < losses[rung] for loss in rivals)

@@ -25,7 +25,7 @@
     [stop]                              # successive halving, see scripts/sweep.py
     rungs = [100, 200]                  # steps at which runs of one seed are compared by val_bpb
     keep = 0.5                          # the share of them that goes on
-    at_least = 4                        # none stops before so many were there
+    at_least = 4                        # none stops before so many got there
 """
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class SpecError(ValueError):
 @dataclass(frozen=True)
 class Halving:
     """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) in its asynchronous form (Li et al. 2020, arXiv
-    1810.05934): at each rung a run goes on while it is among the best `keep` of those of its seed that were there.
+    1810.05934): a run goes on while it is, at each rung behind it, among the best `keep` of those of its seed.
     """
     rungs: tuple[int, ...]
     keep: float

@@ -437,7 +437,7 @@ def test_runs_killed_with_their_sweep_start_again(place: Path):
 
 def test_hopeless_runs_are_halted_at_a_rung_but_never_the_control(place: Path):
     def losses(first: float) -> dict[str, Any]:
-        return {"bpb": {"1": first, "2": first - 0.5, "3": first - 1}, "pause_s": 0.3}
+        return {"bpb": {"1": first, "2": first - 0.5, "3": first - 1}, "pause_s": 1.0}
 
     act(place, a=losses(3.9), b=losses(3.1), c=losses(3.2))
     arms = LRS["arms"] | {"d": {"MATRIX_LR": 0.04}}
