@@ -12,9 +12,9 @@ anew. A run that crashed starts again from its last checkpoint (RESUME=auto), `r
 sweep.json and in the ledger LOG_DIR/sweep_NAME.json, which is rewritten at every change. SIGINT and SIGTERM stop the runs,
 which write a checkpoint first. When this program is killed outright its runs go on; the next call waits for them.
 
-With [stop], a run under way is stopped ("halted") as soon as its val_bpb at a rung is not among the best `keep` of all runs of
-its seed that got there, unless it is the control. With share_training, the first run of each training keeps the checkpoint of its last
-step and the others go on from it: the same weights, another export or evaluation.
+With [stop], a run under way is stopped ("halted") as soon as its val_bpb at a rung is not among the best `keep` of all runs
+of its seed that got there, unless it is the control. With share_training, the first run of each training keeps its last
+checkpoint and the others go on from it: the same weights, another export or evaluation.
 
 Exit codes: 0 all runs finished or were halted, 1 some failed, 2 a wrong specification (nothing started), 130/143 stopped.
 """
