@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +146,10 @@ class Study:
     def entries(self) -> list[Entry]:
         return [entry for arm in self.arms for entry in arm.entries]
 
+    def wanted_seeds(self, arm: Arm) -> set[int]:
+        """Those that its comparison needs: its own and the control's."""
+        return arm.planned | (self.control.planned if self.control else set())
+
     @property
     def reference(self) -> Arm | None:
         """What the arms' knobs are shown against: the control, else the best arm."""
@@ -194,7 +198,7 @@ def read_study(paths: Iterable[str], control: str | None, smallest_effect: float
     if name is not None and name not in groups:
         raise RunError(f"control {name}: no such arm; there are {', '.join(groups)}")
     arms = sorted((Arm(arm, tuple(entries)) for arm, entries in groups.items()),
-                  key=lambda arm: (arm.mean is None, arm.mean, arm.name))
+                  key=lambda arm: (arm.mean is None, arm.mean or 0.0, arm.name))
     return Study(tuple(arms), next((arm for arm in arms if arm.name == name), None), smallest_effect, cap_bytes)
 
 
@@ -258,7 +262,8 @@ def check_summary(run: Run) -> None:
         if type(summary.get(key)) is not int or summary[key] < 0:
             raise RunError(f"{where}: {key} is {summary.get(key)!r}, wanted a number of bytes")
     parts = summary.get("parts")
-    if not isinstance(parts, dict) or sum(parts.values()) != summary["artifact_bytes"]:
+    sizes = list(parts.values()) if isinstance(parts, dict) else []
+    if any(type(nbytes) is not int for nbytes in sizes) or sum(sizes) != summary["artifact_bytes"]:
         raise RunError(f"{where}: parts must sum to artifact_bytes={summary['artifact_bytes']}, got {parts!r:.200}")
     for stage in ("pre_roundtrip", "roundtrip"):
         result = summary[stage]
@@ -294,11 +299,11 @@ def missing(study: Study) -> Iterator[Flag]:
     for arm in study.arms:
         lost = [f"{entry.run_id} (seed {entry.seed}) {entry.state}{': ' * bool(entry.note)}{entry.note}"
                 for entry in arm.entries if entry.run is None]
-        never = (study.control.planned if study.control else set()) - arm.planned
-        if never:
+        wanted = study.wanted_seeds(arm)
+        if never := wanted - arm.planned:
             lost.append(f"no run of the control's {seed_text(never)}")
         if lost:
-            yield Flag("missing", f"{arm.name}: n={arm.n} of {len(arm.planned | never)} seeds: {'; '.join(lost)}")
+            yield Flag("missing", f"{arm.name}: n={arm.n} of {len(wanted)} seeds: {'; '.join(lost)}")
 
 
 def aliases(study: Study) -> Iterator[Flag]:
@@ -385,8 +390,8 @@ def floors(study: Study) -> Iterator[Flag]:
     names = [arm.name for arm in study.arms if any(run.summary and run.summary.get("floored_share", 0) > 0.5
                                                    for run in arm.runs)]
     if names:
-        yield Flag("step floor", f"most weights of {', '.join(names)} sit at INT8_SCALE_FLOOR: their bytes depend on how long"
-                                 " they trained, and must not be ranked")
+        yield Flag("step floor", f"most weights of {', '.join(names)} sit at INT8_SCALE_FLOOR: their bytes depend on how"
+                                 " long they trained, and must not be ranked")
 
 
 CHECKS: Sequence[Callable[[Study], Iterator[Flag]]] = (
@@ -405,45 +410,3 @@ def curves(arm: Arm, kind: str, key: str) -> list[tuple[int, float, float, float
     common = sorted(set.intersection(*map(set, held))) if held else []
     columns = [(step, [rows[step] for rows in held]) for step in common]
     return [(step, statistics.fmean(values), min(values), max(values)) for step, values in columns]
-
-
-def as_rows(study: Study) -> dict[str, list[Mapping[str, Any]]]:
-    """The tables of the SQLite file; the same numbers fill every other table."""
-    return {"runs": [run_row(entry) for entry in study.entries],
-            "arms": [arm_row(study, rank, arm) for rank, arm in enumerate(study.arms, 1)],
-            "comparisons": [comparison_row(study, name, found) for name, found in study.comparisons.items()],
-            "flags": [{"kind": flag.kind, "text": flag.text} for flag in study.flags]}
-
-
-def run_row(entry: Entry) -> dict[str, Any]:
-    run, summary = entry.run, entry.summary if entry.run else {}
-    before, after = summary.get("pre_roundtrip", {}), summary.get("roundtrip", {})
-    return {"run_id": entry.run_id, "arm": entry.arm, "seed": entry.seed, "state": entry.state, "note": entry.note,
-            "folder": str(entry.folder), "val_bpb": entry.val_bpb, "val_loss": after.get("val_loss"),
-            "before_val_bpb": before.get("val_bpb"), "gap_bpb": entry.gap_bpb,
-            **{key: summary.get(key) for key in BYTES[:3]}, "cap_bytes": entry.cap_bytes, "over_cap": entry.over_cap,
-            "step": summary.get("step"), "train_s": summary.get("seconds", {}).get("train"),
-            "scored_tokens": after.get("tokens"), "scored_bytes": after.get("bytes"),
-            "configuration": run and run.configuration, "timed": run and run.timed, "device": run and run.config.get("device"),
-            "torch": run and run.config.get("torch"), "knobs": run and json.dumps(run.knobs, sort_keys=True),
-            "parts": run and json.dumps(summary["parts"], sort_keys=True)}
-
-
-def arm_row(study: Study, rank: int, arm: Arm) -> dict[str, Any]:
-    row: dict[str, Any] = {"rank": rank if arm.n else None, "arm": arm.name, "is_control": arm is study.control, "n": arm.n,
-                           "planned_seeds": len(arm.planned)}
-    spreads = {"val_bpb": arm.mean_sd(lambda entry: entry.val_bpb), "gap_bpb": arm.mean_sd(lambda entry: entry.gap_bpb),
-               **{key: arm.of_summary(key) for key in ("artifact_bytes", "total_bytes")}}
-    for key, (mean, sd) in spreads.items():
-        row |= {f"{key}_mean": mean, f"{key}_sd": sd}
-    return row | {"over_cap_runs": sum(entry.over_cap for entry in arm.scored),
-                  "configurations": ", ".join(dict.fromkeys(run.configuration for run in arm.runs)),
-                  "differs_in": change_text(study.changes(arm))}
-
-
-def comparison_row(study: Study, name: str, found: paired.Comparison) -> dict[str, Any]:
-    assert study.control is not None
-    return {"arm": name, "control": study.control.name, "verdict": found.verdict, "pairs": found.pairs,
-            "difference_bpb": found.difference, "low_bpb": found.low, "high_bpb": found.high, "p_paired": found.p_paired,
-            "p_holm": found.p_holm, "p_welch": found.p_welch, "detectable_bpb": found.detectable,
-            "seeds_needed": found.seeds_needed, "smallest_effect_bpb": study.smallest_effect}

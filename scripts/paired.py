@@ -1,23 +1,23 @@
 """Arms against one control over equal seeds: difference, interval, p, what the seeds at hand could have found, a verdict.
 
-Values are bits per byte, lower is better. For the n seeds that an arm shares with the control, d = arm - control has mean m and
-standard deviation s (of n - 1); t(q) is the quantile q of Student's t with n - 1 degrees of freedom, alpha = 0.05, two-sided.
+Values are bits per byte, lower is better. For the n seeds that an arm shares with the control, d = arm - control has mean m
+and standard deviation s (of n - 1); t(q) is the quantile q of Student's t with n - 1 degrees of freedom; alpha = 0.05.
 
     interval    m -+ t(1 - alpha/2) s / sqrt(n)
     p           P(|T| > |m| sqrt(n) / s)
     Holm's p    of a arms with n >= 2, ascending: the k-th is the largest of (a - i + 1) p_i over i <= k, at most 1
                 (Holm 1979, Scandinavian Journal of Statistics 6:65)
-    Welch's p   of the two means over all seeds of each, pairs ignored, degrees of freedom by Satterthwaite; for comparison only
+    Welch's p   of the two means over all seeds of each, pairs ignored, degrees of freedom by Satterthwaite; decides nothing
     power(D)    P(|T'| > t(1 - alpha/2)), T' noncentral t with n - 1 degrees of freedom and noncentrality D sqrt(n) / s
-    detectable  the minimum detectable difference: the D of power 0.8. With few seeds the normal approximation
+    MDD         the minimum detectable difference: the D of power 0.8. With few seeds the normal approximation
                 (1.96 + 0.84) s / sqrt(n) is far too small: 5.8 times for n = 2, 2.0 for 3, 1.3 for 5
-    seeds       the least n' > n with which the smallest effect that matters has power 0.8, at alpha / a (Holm's strictest
+    needs       the least n' > n with which the smallest effect that matters has power 0.8, at alpha / a (Holm's strictest
                 step, so that it is enough whatever the other arms show) and with s as it is
 
 Verdict, in this order:
     underpowered    n < 2
     better, worse   Holm's p < alpha; the sign of m decides
-    no effect       the interval lies inside -+ the smallest effect that matters. Identical pairs (all d = 0) are the plainest case
+    no effect       the interval lies inside -+ the smallest effect that matters; identical pairs (all d = 0) are so
     underpowered    neither: the difference may matter, and these seeds cannot tell
 """
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -32,7 +33,7 @@ from scipy import optimize, special, stats
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 10_000     # nobody trains more; the search for `seeds_needed` ends there
-BETTER, WORSE, NO_EFFECT, UNDERPOWERED = "better", "worse", "no effect", "underpowered"
+VERDICTS = BETTER, WORSE, NO_EFFECT, UNDERPOWERED = "better", "worse", "no effect", "underpowered"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def detectable(sd: float, n: int, alpha: float = ALPHA, power: float = POWER) ->
     top = 2.0
     while reached(top) < power:
         top *= 2
-    return optimize.brentq(lambda shift: reached(shift) - power, 0.0, top, xtol=1e-10) * sd / math.sqrt(n)
+    shift: Any = optimize.brentq(lambda shift: reached(shift) - power, 0.0, top, xtol=1e-10)
+    return float(shift) * sd / math.sqrt(n)
 
 
 def seeds_needed(sd: float, effect: float, more_than: int, alpha: float = ALPHA, power: float = POWER) -> int:
