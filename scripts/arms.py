@@ -22,6 +22,7 @@ from runs import Run, RunError
 SCORED_STATES = ("finished", "over_cap")
 STATES = (*SCORED_STATES, "failed", "halted", "pending", "running")
 UNFINISHED = "unfinished"           # of a run that no ledger speaks of
+METRICS = {"val": "val_bpb", "train": "train_loss"}     # kind of a row of metrics.jsonl -> its number
 BYTES = ("artifact_bytes", "code_bytes", "total_bytes", "cap_bytes")
 
 
@@ -193,6 +194,8 @@ def read_study(paths: Iterable[str], control: str | None, smallest_effect: float
         raise RunError(f"the ledgers name the controls {', '.join(controls)}; choose one by --control ARM")
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(found.values(), key=lambda entry: (entry.arm, entry.seed, entry.run_id)):
+        if not all(text and text.isprintable() for text in (entry.arm, entry.run_id)):
+            raise RunError(f"run {entry.run_id!r} of arm {entry.arm!r}: names must be of printable characters")
         groups[entry.arm].append(entry)
     name = control if control is not None else next(iter(controls), None)
     if name is not None and name not in groups:
@@ -223,7 +226,7 @@ def read_planned(path: Path, number: int, row: Any, cap_bytes: int | None) -> En
         raise RunError(f"{path}: run {number} of the ledger is {json.dumps(row)[:200]}, wanted {kinds}")
     if row["state"] not in STATES:
         raise RunError(f"{path}: run {row['run_id']} has the state {row['state']!r}, wanted one of {', '.join(STATES)}")
-    folder = path.parent / row["folder"]
+    folder, row = path.parent / row["folder"], row | {"note": " ".join(row["note"].split())}
     if row["state"] not in SCORED_STATES or not (folder / "config.json").is_file():
         note = row["note"] if row["state"] not in SCORED_STATES else "its folder is not here"
         return Entry(row["run_id"], row["arm"], row["seed"], row["state"], note, folder, None, cap_bytes or 0)
@@ -251,7 +254,7 @@ def entry_of(run: Run, arm: str, state: str, note: str, cap_bytes: int | None) -
 
 def progress_of(run: Run) -> str:
     """How far a run without summary.json came."""
-    steps = [row["step"] for kind in ("train", "val") for row in runs.read_metrics(run.folder, kind)]
+    steps = [row["step"] for kind in METRICS for row in metric_rows(run, kind)]
     return f"no summary.json; last logged step {max(steps, default=0)} of {run.knobs['iterations']}"
 
 
@@ -318,12 +321,13 @@ def aliases(study: Study) -> Iterator[Flag]:
 
 def mixtures(study: Study) -> Iterator[Flag]:
     for arm in study.arms:
-        kinds = {run.configuration: run for run in reversed(arm.runs)}
+        kinds: dict[str, Run] = {}      # the first run of each
+        for run in arm.runs:
+            kinds.setdefault(run.configuration, run)
         if len(kinds) > 1:
-            first = arm.runs[0]
-            texts = dict.fromkeys(change_text(changes(first, run)) for run in arm.runs if run.configuration in kinds
-                                  and run.configuration != first.configuration)
-            yield Flag("mixed configuration", f"{arm.name} holds {len(kinds)} configurations: {'; '.join(texts)}")
+            first, *others = kinds.values()
+            texts = (f"{first.run_id} -> {run.run_id}: {change_text(changes(first, run))}" for run in others)
+            yield Flag("mixed configuration", f"{arm.name} holds {len(kinds)} configurations; {'; '.join(texts)}")
 
 
 def repeats(study: Study) -> Iterator[Flag]:
@@ -403,9 +407,18 @@ CHECKS: Sequence[Callable[[Study], Iterator[Flag]]] = (
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def curves(arm: Arm, kind: str, key: str) -> list[tuple[int, float, float, float]]:
+def metric_rows(run: Run, kind: str) -> list[dict[str, Any]]:
+    """Those of read_metrics, each with a step and the number of METRICS. Raises RunError."""
+    found, key = runs.read_metrics(run.folder, kind), METRICS[kind]
+    for row in found:
+        if not isinstance(row.get("step"), int) or not isinstance(row.get(key), int | float):
+            raise RunError(f"{run.folder / 'metrics.jsonl'}: a {kind} row is {json.dumps(row)[:200]}, wanted step and {key}")
+    return found
+
+
+def curves(arm: Arm, kind: str) -> list[tuple[int, float, float, float]]:
     """(step, mean, least, largest) over the scored runs of an arm, at the steps that all of them logged."""
-    held = [{row["step"]: row[key] for row in runs.read_metrics(run.folder, kind)} for run in arm.runs]
+    held = [{row["step"]: row[METRICS[kind]] for row in metric_rows(run, kind)} for run in arm.runs]
     held = [{step: value for step, value in rows.items() if math.isfinite(value)} for rows in held if rows]
     common = sorted(set.intersection(*map(set, held))) if held else []
     columns = [(step, [rows[step] for rows in held]) for step in common]

@@ -57,7 +57,7 @@ def drawing(name: str, height_in: float, draw: Callable[[Figure], None]) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", svg)        # of groups nobody refers to: not unique on a page of several
+    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg)        # of groups nobody refers to: not unique on a page of several
     svg = re.sub(r' d="([^"]*)"', lambda path: f' d="{shorter(path[1])}"', svg)
     return svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
 
@@ -216,8 +216,8 @@ def draw_curves(axes: Any, study: Study, held: Sequence[tuple[Arm, Curve]], labe
 
 def losses(study: Study) -> Plot | None:
     panels = []
-    for kind, key, label in (("val", "val_bpb", "val_bpb, float weights"), ("train", "train_loss", "train loss, nats")):
-        held = [(arm, thinned(curves(arm, kind, key))) for arm in study.arms]
+    for kind, label in (("val", "val_bpb, float weights"), ("train", "train loss, nats a token")):
+        held = [(arm, thinned(curves(arm, kind))) for arm in study.arms]
         panels += [(label, [(arm, curve) for arm, curve in held if curve])]
     panels = [(label, held) for label, held in panels if held]
     if not panels:

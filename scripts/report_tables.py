@@ -260,7 +260,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown(study: Study, title: str) -> str:
-    lines = [f"# {title}", ""]
+    lines = [f"# {markdown_text(title)}", ""]
     lines += [f"- **{flag.kind}**: {markdown_text(flag.text)}" for flag in study.flags] + [""] * bool(study.flags)
     lines += [markdown_text(headline(study)), "", markdown_text(facts(study)), ""]
     for found in [*tables(study), run_table(study)]:
