@@ -78,7 +78,7 @@ svg { display: block; width: 100%; min-width: 28rem; height: auto; }
 svg text { font-family: inherit !important; }
 dl { margin: 0; max-width: 60rem; } dt { font-weight: 600; } dd { margin: 0 0 .5rem; }
 @media (max-width: 34rem) { th[scope=row] { position: sticky; left: 0; background: var(--paper); max-width: 9rem;
-  white-space: normal; overflow-wrap: anywhere; } th, td { padding: .3rem .5rem; } }
+  white-space: normal; overflow-wrap: anywhere; } th, td { padding: .3rem .5rem; } .wide { min-width: 9rem; } }
 @media print { .scroll { overflow: visible; } }
 """
 

@@ -2,9 +2,9 @@
 
 Guarantees: numbers equal hand-computed ones in all outputs; every trap has its flag and a clean study none; a ledger's
 missing runs are listed with their reasons; equal inputs give equal bytes; names from outside stay text; wrong input gives
-one line, exit code 2 and no file; the page, in a real browser, shows the rows and flags, sorts, requests nothing, logs no error
-and fits a phone. Run folders are files written here; one test feeds real runs.
-Run: bash scripts/test.sh tests/test_report.py (about 20 s on one core, 5 of them for the browser).
+one line, exit code 2 and no file; the page, in a real browser, shows the rows and flags, sorts, requests nothing, logs no
+error and fits a phone. Run folders are files written here; one test feeds real runs.
+Run: bash scripts/test.sh tests/test_report.py (about 20 s on one core, 4 of them for the browser).
 """
 from __future__ import annotations
 
