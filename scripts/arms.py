@@ -184,11 +184,12 @@ def changes(first: Run, second: Run) -> list[tuple[str, Any, Any]]:
 
 def read_study(paths: Iterable[str], control: str | None, smallest_effect: float, cap_bytes: int | None) -> Study:
     """Everything at these paths: a run's folder, a folder of runs, a sweep's ledger. Raises ValueError."""
-    found: dict[Path, Entry] = {}
+    found: dict[tuple[Path, str], Entry] = {}
     controls: dict[str, None] = {}
     for path in map(Path, paths):
         entries, named = read_ledger(path, cap_bytes) if path.is_file() else (read_folders(path, cap_bytes), None)
-        found = {entry.folder.resolve(): entry for entry in entries} | found     # what came first stays
+        known = {folder for folder, _ in found}     # what came first names a run; one ledger may give it two names
+        found |= {(folder, entry.arm): entry for entry in entries if (folder := entry.folder.resolve()) not in known}
         controls |= {named: None} if named is not None else {}
     if control is None and len(controls) > 1:
         raise RunError(f"the ledgers name the controls {', '.join(controls)}; choose one by --control ARM")

@@ -317,6 +317,14 @@ def test_a_ledger_names_arms_and_control_and_what_is_missing(tmp_path: Path, cap
     assert re.search(r"^ +1  arm wide +3 of 4 ", out, re.MULTILINE)
 
 
+def test_two_arms_of_a_ledger_that_share_their_runs_are_both_ranked_and_flagged(tmp_path: Path) -> None:
+    logs = write_arms(tmp_path / "logs", ("base",))
+    rows = [planned(f"base_s{seed}", arm, seed) | {"arm": arm} for arm in ("base", "twin") for seed in (1, 2, 3)]
+    path = write_ledger(logs, rows)
+    assert [(arm.name, arm.n) for arm in study_of(path).arms] == [("base", 3), ("twin", 3)]
+    assert [kind for kind, _ in flags_of(path)] == ["same configuration"]
+
+
 def test_the_flag_chooses_another_control_than_the_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = write_arms(tmp_path / "logs", ("base", "wide"))
     rows = [planned(f"{name}_s{seed}", name, seed) for name in ("base", "wide") for seed in (1, 2, 3)]
