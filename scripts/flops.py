@@ -93,9 +93,10 @@ def machine(name: str) -> Machine:
 def machine_of_run(folder: Path) -> Machine:
     """The rate of a run's steps after the tenth, which leaves the first calls of kernels out. Raises RunError."""
     run = read_run(folder)
-    if missing := [f.name for f in fields(Config) if f.name not in run.knobs]:
+    counted = (*(f.name for f in fields(ModelShape)), "train_batch_tokens", "train_seq_len", "muon_backend_steps")
+    if missing := [name for name in counted if name not in run.knobs]:
         raise RunError(f"{folder / 'config.json'} lacks the knobs {', '.join(missing)}: written by another version?")
-    cfg = Config(**{f.name: run.knobs[f.name] for f in fields(Config)})
+    cfg = Config(**{name: run.knobs[name] for name in counted})
     rows = [row for row in read_metrics(folder, "train") if row["step"] >= 10]
     if len(rows) < 2:
         raise RunError(f"{folder} has {len(rows)} logged steps from the tenth on, its pace needs two: a longer run, or a"

@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def heads_for(width: int, kv_group: int) -> int | None:
     return min(fitting, key=lambda heads: (abs(math.log(width / heads / 64)), heads), default=None)
 
 
+@lru_cache(maxsize=4096)
 def weight_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """`tensor_shapes` of all blocks from that of one, because they are alike and a search asks a thousand times."""
     one = tensor_shapes(replace(shape, num_unique_blocks=1))
@@ -180,7 +182,7 @@ def table(found: Sequence[Proposal], base: Config, device: Machine) -> list[str]
         rows.append(
             f"{p.name:<{width}}  {p.weights:>11,}  {p.total_bytes:>11,}  {p.total_bytes / p.options.artifact_cap_bytes:6.2%}"
             f"  {train_flops(p.shape, base.train_seq_len) / base.train_seq_len / 1e6:11.1f}  {1000 * step_s:8.1f}"
-            f"  {steps:>{len(steps_head)}}  {steps * base.train_batch_tokens / 1e6:7,.0f}")
+            f"  {steps:>{len(steps_head)}}  {steps * base.train_batch_tokens / 1e6:7,.1f}")
     return rows
 
 
@@ -204,18 +206,18 @@ def spec(found: Sequence[Proposal], base: Config, recipe: str, seeds: Sequence[i
 
 def numbers(text: str) -> tuple[int, ...]:
     """1024,4096 as whole numbers above 0, each once."""
-    values = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    if min(values) < 1:
-        raise ValueError
-    return values
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"wanted whole numbers above 0, as 1024,4096, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def span(text: str) -> range:
     """6:16 as 6 to 16, both included."""
-    low, high = map(int, text.split(":"))
-    if not 2 <= low <= high:
-        raise ValueError
-    return range(low, high + 1)
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and high.isdecimal() and 2 <= int(low) <= int(high)):
+        raise argparse.ArgumentTypeError(f"wanted LOW:HIGH, both at least 2, got {text!r}")
+    return range(int(low), int(high) + 1)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,9 +283,9 @@ def main(arguments: list[str]) -> int:
     (cap_bytes, *_), (top, *_) = args.iso_bytes, args.top
     try:
         base = base_config(args.recipe)
+        device = machine_here() if args.measure else machine(args.device)
         found, count = search(args, base, cap_bytes, top)
         check_arms(found, base, args.recipe)
-        device = machine_here() if args.measure else machine(args.device)
         if args.toml:
             text = spec(found, base, args.recipe, args.seeds, f"iso_{cap_bytes}_{args.scheme}")
             write_atomically(args.toml, text.encode())
