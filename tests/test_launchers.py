@@ -64,8 +64,8 @@ def free_port() -> int:
 
 def shell(command: str) -> str:
     """Its output, run in the repository's root."""
-    return subprocess.run(["bash", "-c", command], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True,
-                          check=True).stdout
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True,
+                          text=True, check=True).stdout
 
 
 @pytest.fixture
@@ -307,8 +307,9 @@ def test_a_faulty_knob_is_the_trainers_to_say(tiny_data: TinyData, tmp_path: Pat
 
 
 def test_torchrun_starts_every_rank_of_a_node(tiny_data: TinyData, tmp_path: Path, environment: Path) -> None:
-    env = tiny_knobs(tiny_data, tmp_path) | {"VENV": str(environment), "DEVICE": "cpu", "NNODES": "1", "NODE_RANK": "0",
-                                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GPUS_PER_NODE": "2"}
+    env = tiny_knobs(tiny_data, tmp_path) | {
+        "VENV": str(environment), "DEVICE": "cpu", "NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "GPUS_PER_NODE": "2"}
     done = launch("run_multinode", **env)
     assert done.returncode == 0, done.stderr
     assert "world_size:2" in json.loads((tmp_path / "logs" / "tiny" / "config.json").read_text())["device"]
