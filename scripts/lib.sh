@@ -11,6 +11,7 @@ VENV=${VENV:-.venv}
 KNOBS=()        # names of those that the launcher and its recipe set, in that order
 RECIPE=''       # the file
 QUIET=0         # 1 = print no commands
+NAMES=''        # all knobs, once asked for
 
 fail() {  # fail MESSAGE
     echo "error: $1" >&2
@@ -44,7 +45,8 @@ knob_names() {  # those of train_gpt.Config, one a line
 }
 
 need_knob() {  # need_knob NAME WHERE
-    [[ $'\n'$(knob_names)$'\n' == *$'\n'"$1"$'\n'* ]] || fail "$2: $1 is not a knob of this version; README.md lists them"
+    [ -n "$NAMES" ] || NAMES=$'\n'$(knob_names)$'\n'
+    [[ $NAMES == *$'\n'"$1"$'\n'* ]] || fail "$2: $1 is not a knob of this version; README.md lists them"
 }
 
 load_recipe() {  # load_recipe FILE: exports its knobs; those that the environment has win. Lines as for scripts/recipe.py
