@@ -714,7 +714,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(export_verbs, "meta_from_state", meta_from_state)
     monkeypatch.setattr(export_verbs, "evaluate_artifact", evaluate_artifact)
-    monkeypatch.setattr(train_gpt, "code_bytes", lambda: CODE_BYTES)
+    monkeypatch.setattr(train_gpt, "code_bytes", lambda *_: CODE_BYTES)
     return calls
 
 
