@@ -66,11 +66,13 @@ def pack_code(sources: Mapping[str, str]) -> bytes:
 
 
 def minified(sources: Mapping[str, str]) -> dict[str, str]:
-    """The same program in fewer characters: what a name reaches from outside its module keeps its name."""
+    """The same program in fewer characters. What other modules reach keeps its name, and so do classes: a traceback ends
+    with one, and state dicts, knobs and headers hold attributes, which all do.
+    """
     trees = {name: WithoutHelp().visit(ast.parse(source)) for name, source in sorted(sources.items())}
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     reached = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    reached |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    reached |= {node.name for node in nodes if isinstance(node, (ast.alias, ast.ClassDef))}
     # Hoisting repeated literals into variables makes the text shorter and what bzip2 makes of it longer.
     return {name: python_minifier.minify(
         python_minifier.unparse(tree), name, remove_literal_statements=True, rename_globals=True,
@@ -113,18 +115,21 @@ def with_imports(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def packed_code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """What the sources weigh in a submission; remembered, because minifying them takes some three seconds."""
+def packed_code(paths: Iterable[str | os.PathLike[str]]) -> bytes:
+    """The sources in these files as a submission ships them; remembered, because minifying takes some three seconds."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in map(Path, paths)}
     tools = Path(__file__).read_text(encoding="utf-8"), importlib.metadata.version("python-minifier"), sys.version_info[:2]
-    key = hashlib.sha256(repr((tools, sorted(sources.items()))).encode()).hexdigest()[:32]
-    file = CACHE / f"packed-{key}"
+    file = CACHE / f"packed-{hashlib.sha256(repr((tools, sorted(sources.items()))).encode()).hexdigest()[:32]}"
     try:
-        return file.stat().st_size
+        return file.read_bytes()
     except OSError:
         packed = pack_code(sources)
     remember(file, packed)
-    return len(packed)
+    return packed
+
+
+def packed_code_bytes(paths: Iterable[str | os.PathLike[str]]) -> int:
+    return len(packed_code(paths))
 
 
 def remember(file: Path, packed: bytes) -> None:

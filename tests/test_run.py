@@ -26,7 +26,6 @@ import torch
 
 import export
 import export_verbs
-import packing
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -666,22 +665,6 @@ def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
 
 
 # --- the submission -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("knobs", [{}, {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256"}], ids=["int8", "rd"])
-def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path, knobs):
-    packed = packing.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    (folder / "train_gpt.py").write_text(packed)
-    env |= {"ITERATIONS": "1", "LOG_DIR": "logs"} | knobs
-    done = subprocess.run([sys.executable, "train_gpt.py"], env=bare_environment() | env, cwd=folder, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((folder / "logs" / "run" / "summary.json").read_text())
-    assert found["code_bytes"] == len(packed.encode()) == (folder / "train_gpt.py").stat().st_size
-    assert found["roundtrip"] is not None
-    assert "predicted: no size, a packed file runs without scripts/prediction.py\n" in done.stdout
 
 
 NEEDS_A_TOOL = {    # knobs -> what each of them asks for
