@@ -27,6 +27,7 @@ from pathlib import Path
 
 try:
     import python_minifier
+    from python_minifier import f_string  # pyright: ignore[reportAttributeAccessIssue]
 except ModuleNotFoundError:
     from export import ExportRefused
 
@@ -58,6 +59,17 @@ sys.excepthook=traceback.print_exception
 sys.modules["{entry}"]=sys.modules[__name__]
 Packed.exec_module(sys.modules[__name__],"{entry}")
 '''
+
+
+def print_f_strings_for_all_pythons() -> None:
+    """python-minifier writes f-strings in the grammar of the Python that it runs on, which since 3.12 is one that older ones
+    cannot read. With the old grammar 3.10, 3.11, 3.12 and 3.13 give the same bytes, and all of them run the file.
+    """
+    init = f_string.OuterFString.__init__
+    f_string.OuterFString.__init__ = lambda self, node, pep701=False: init(self, node, pep701=False)
+
+
+print_f_strings_for_all_pythons()
 
 
 def pack_code(sources: Mapping[str, str]) -> bytes:
@@ -118,7 +130,7 @@ def with_imports(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def packed_code(paths: Iterable[str | os.PathLike[str]]) -> bytes:
     """The sources in these files as a submission ships them; remembered, because minifying takes some three seconds."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in map(Path, paths)}
-    tools = Path(__file__).read_text(encoding="utf-8"), importlib.metadata.version("python-minifier"), sys.version_info[:2]
+    tools = Path(__file__).read_text(encoding="utf-8"), importlib.metadata.version("python-minifier")
     file = CACHE / f"packed-{hashlib.sha256(repr((tools, sorted(sources.items()))).encode()).hexdigest()[:32]}"
     try:
         return file.read_bytes()
