@@ -1763,7 +1763,8 @@ def load_data(cfg: Config) -> tuple[Data | None, list[str]]:
             return None
 
     tokenizer = attempt(lambda: Tokenizer(cfg.tokenizer_path))
-    train = attempt(lambda: TokenStream(read_split(cfg.data_path, "val" if cfg.eval_artifact else "train")))    # unread there
+    read = "val" if cfg.eval_artifact else "train"      # a score needs no training data
+    train = attempt(lambda: TokenStream(read_split(cfg.data_path, read)))
     val = attempt(lambda: read_validation(cfg.data_path, cfg.train_seq_len, cfg.vocab_size))
     if tokenizer is not None and tokenizer.vocab_size != cfg.vocab_size:
         problems.append(f"VOCAB_SIZE={cfg.vocab_size}, but tokenizer {cfg.tokenizer_path} has {tokenizer.vocab_size} tokens")

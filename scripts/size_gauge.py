@@ -40,6 +40,7 @@ class SizeGauge:
             except (ArtifactError, ExportRefused) as error:
                 job.folder.log(f"step:{step} artifact size not measured: {error}")
                 return
-            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{size.total_bytes + code_bytes(job.cfg)} "
+            total_bytes = size.total_bytes + code_bytes(job.cfg)
+            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{total_bytes} "
                            f"bits_per_weight:{size.bits_per_weight:.3f} rms_error:{size.rms_error:.5f}")
             job.folder.metric(kind="artifact", step=step, artifact_bytes=size.total_bytes, rms_error=size.rms_error)

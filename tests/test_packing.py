@@ -67,7 +67,8 @@ FAKES = {"train_gpt.py": FAKE_TRAIN, "export.py": FAKE_EXPORT, "doubling.py": FA
 
 def run_alone(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=kept | env, text=True, capture_output=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=kept | env, text=True, capture_output=True, check=False)
 
 
 def packed_trainer(folder: Path, **knobs: object) -> int:
@@ -116,12 +117,13 @@ def test_the_packed_file_runs_alone_and_shows_its_source_in_tracebacks(tmp_path:
     assert os.listdir(tmp_path) == ["submission.py"]
 
 
-def test_what_only_readers_of_the_source_need_does_not_weigh(tmp_path: Path) -> None:
+def test_what_only_readers_of_the_source_need_does_not_weigh() -> None:
     size = len(packing.pack_code(FAKES))
     noise = " ".join(str(i) for i in random.Random(0).sample(range(10**6), 200))
     knob = f'x = knob(1, "Group", "{noise}", low=2)\ndef knob(default, group, text, *, low): return low\n'
     assert "(1,'','',low=2)" in packing.minified({"m": knob})["m"]
-    assert len(packing.pack_code(FAKES | {"export.py": FAKE_EXPORT + f"# {noise}\ndef f():\n    '''{noise}'''\n"})) < size + 30
+    silent = FAKE_EXPORT + f"# {noise}\ndef f():\n    '''{noise}'''\n"
+    assert len(packing.pack_code(FAKES | {"export.py": silent})) < size + 30
     assert len(packing.pack_code(FAKES | {"export.py": FAKE_EXPORT + f"TABLE = '{noise}'\n"})) > size + 300
 
 
@@ -163,7 +165,7 @@ def test_packed_bytes_are_those_of_the_file_that_ships(sources: list[Path], tmp_
     assert train_gpt.code_bytes.__wrapped__() == size == packed.stat().st_size
 
 
-def test_sources_are_packed_once_for_all_runs_until_they_change(sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_packed_once_until_they_change(sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     size = packing.packed_code_bytes(sources)
     with monkeypatch.context() as patch:
         patch.setattr(packing, "pack_code", lambda _: pytest.fail("packed again"))
