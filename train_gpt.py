@@ -164,8 +164,7 @@ class Config(ExportOptions, ModelShape):
     val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
     roundtrip_val_max_tokens: int = knob(0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True)
-    eval_artifact: str = knob(
-        "", "Evaluation", "an artifact to evaluate instead of training; the other knobs as in its run", free=True)
+    eval_artifact: str = knob("", "Evaluation", "a file to evaluate instead of training, knobs as in its run", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
@@ -408,9 +407,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if half else contextlib.nullcontext()
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
@@ -654,8 +652,7 @@ class TokenStream:
         while count > 0:
             start %= self.size
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            offset = start - int(self.starts[i])
-            piece = self.shards[i][offset:offset + count]
+            piece = self.shards[i][start - int(self.starts[i]):][:count]
             pieces.append(piece)
             start, count = start + piece.size, count - piece.size
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -205,7 +205,7 @@ def compare(runs: Sequence[Run], record: Sequence[float]) -> dict[str, Any]:
         p = float(stats.ttest_ind(shifted, ours, equal_var=False, alternative="greater").pvalue)   # pyright: ignore
         test = "Welch's t-test, one-sided"
     return {"test": test, "record_val_bpb": list(record), "margin_nats": MARGIN_NATS, "margin_bpb": round(margin, 6),
-            "improvement_bpb": round(mean(record) - mean(ours), 8), "p_value": None if math.isnan(p) else p,
+            "improvement_bpb": round(mean(record) - mean(ours), 8), "p_value": None if math.isnan(p) else float(f"{p:.4g}"),
             "meets_record_rule": p < P_VALUE}
 
 
@@ -404,7 +404,9 @@ def readme(facts: Mapping[str, Any], runs: Sequence[Run], code: Code, checked: M
 {table(facts)}
 
 val_bpb and val_loss are those of the artifact after it was read back from disk, pre_quant_val_bpb that of the weights
-before. Bytes are decimal: bytes_total = artifact_bytes + the {facts['bytes_code']:,} bytes of `train_gpt.py`. {against}
+before. Bytes are decimal: bytes_total = artifact_bytes + the {facts['bytes_code']:,} bytes of `train_gpt.py`.
+
+{against}
 
 Run on {facts['hardware']}, Python {facts['python_version']}, PyTorch {facts['pytorch_version']},\
  numpy {facts['numpy_version']}.
@@ -495,6 +497,8 @@ def pack(args: Any) -> Path:
         folder.mkdir()
         write(folder, runs, codes[0], facts)
         folder.rename(output)
+    if track == RECORD and not re.match("8x .*H100", facts["hardware"]):
+        print(f"note: track {RECORD} is for 8x H100, these runs are of {facts['hardware']}")
     print(f"wrote:{output} val_bpb:{facts['val_bpb']:.8f} bytes_total:{facts['bytes_total']} track:{track}"
           + (f" p_value:{facts['comparison']['p_value']}" if record else ""))
     return output
