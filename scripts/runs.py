@@ -64,9 +64,22 @@ class Run:
     @cached_property
     def configuration(self) -> str:
         """12 hex digits of all that decides the result but the seed: knobs, code, tokenizer, size of the data, threads."""
-        code = self.sweep["code"] if self.sweep is not None else self.config["code_sha256"]
-        data = {name: self.config.get(name) for name in ("tokenizer_sha256", "train_tokens", "val_tokens")}
-        return configuration_hash(self.knobs, code, data)
+        return configuration_hash(self.knobs, self.code, self.data)
+
+    @property
+    def code(self) -> Any:
+        """What names the code, by hashes: of the sweep's copy, else of the two files."""
+        return self.sweep["code"] if self.sweep is not None else self.config["code_sha256"]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return {name: self.config.get(name) for name in ("tokenizer_sha256", "train_tokens", "val_tokens")}
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What `configuration` is the hash of, by name: knobs as in the environment, code, data."""
+        code = self.code if isinstance(self.code, dict) else {"code": self.code}
+        return {name.upper(): value for name, value in knobs_that_matter(self.knobs).items()} | code | self.data
 
     @property
     def score(self) -> Mapping[str, Any] | None:
@@ -74,10 +87,14 @@ class Run:
         return self.summary["roundtrip"] if self.summary else None
 
 
+def knobs_that_matter(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that decide the result, the seed left out."""
+    return {name: value for name, value in knobs.items() if name not in WITHOUT_EFFECT and name != "seed"}
+
+
 def configuration_hash(knobs: Mapping[str, Any], code: Any, data: Any) -> str:
     """12 hex digits over the knobs that matter, the seed left out, and any JSON that names code and data."""
-    matter = {name: value for name, value in knobs.items() if name not in WITHOUT_EFFECT and name != "seed"}
-    text = json.dumps([matter, code, data], sort_keys=True, allow_nan=False)
+    text = json.dumps([knobs_that_matter(knobs), code, data], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
