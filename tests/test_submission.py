@@ -160,7 +160,7 @@ SPOILED: dict[str, tuple[Edit, str]] = {
     "too long": (lambda f, c, s: s["seconds"].update(train=590.0, calibrate=20.0), "trained 610 s, track 10min_16mb allows"),
     "too slow": (lambda f, c, s: s["seconds"].update(roundtrip=700.0), r"evaluated 700 s, track 10min_16mb allows 600"),
     "no machine": (lambda f, c, s: c.update(device="an abacus"), r"config.json has device 'an abacus', not a run's"),
-    "another score": (lambda f, c, s: s["roundtrip"].update(val_bpb=1.25), "makes it .final_int8_zlib_roundtrip_ex.*1.25000000"),
+    "another score": (lambda f, c, s: s["roundtrip"].update(val_bpb=1.25), "json makes it .final_int8.* val_bpb:1.25000000"),
     "a log's code": (lambda f, c, s: spoil_log(f, "Code size: ", "Code size: 1"), r"found 'Code size: 1\d+ bytes \(pack"),
     "a log's total": (lambda f, c, s: spoil_log(f, "submission size int8+zlib: ", "submission size int8+zlib: 1"),
                       r"found 'Total submission size int8\+zlib: 1\d+ bytes', summary.json makes it"),
