@@ -163,10 +163,12 @@ def require(holds: bool | np.bool_, field: str, offset: int | None, found: objec
 
 
 def tool(name: str) -> ModuleType:
-    """A module of scripts/, which some options need and nothing does by default: a packed submission lacks it, because its
-    bytes count. Raises ExportRefused where there is none.
+    """A module of scripts/, which some options need and nothing does by default: a packed submission has those of its runs
+    alone, because their bytes count. Raises ExportRefused where there is none.
     """
     folder = Path(__file__).resolve().parent / "scripts"
+    if name in getattr(__spec__ and __spec__.loader, "sources", ()):     # of a packed file that carries the tool
+        return importlib.import_module(name)
     if not (folder / f"{name}.py").is_file():
         raise ExportRefused(f"this option needs scripts/{name}.py beside export.py, found no {folder / name}.py, as a packed"
                             " submission has none; run from a checkout or leave the option at its default")

@@ -164,6 +164,7 @@ class Config(ExportOptions, ModelShape):
     val_max_tokens: int = knob(0, "Evaluation", "validate on the first so many tokens; 0 = all", free=True)
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
     roundtrip_val_max_tokens: int = knob(0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True)
+    eval_artifact: str = knob("", "Evaluation", "a file to evaluate instead of training, knobs as in its run", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
@@ -406,9 +407,8 @@ class Runtime:
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype) if half else contextlib.nullcontext()
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compiled else function
@@ -652,8 +652,7 @@ class TokenStream:
         while count > 0:
             start %= self.size
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            offset = start - int(self.starts[i])
-            piece = self.shards[i][offset:offset + count]
+            piece = self.shards[i][start - int(self.starts[i]):][:count]
             pieces.append(piece)
             start, count = start + piece.size, count - piece.size
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -1610,15 +1609,17 @@ def calibrate_job(job: Job) -> Statistics | None:
 ARTIFACTS = {"int8_zlib": ("final_model.int8.ptz", "int8+zlib"), "rd": ("final_model.rd.anlm", "rd")}   # file, name in logs
 
 
-def source_files() -> list[Path]:
-    """This file and export.py; one and the same when both run from a packed submission."""
-    return list(dict.fromkeys(Path(file or "").resolve() for file in (__file__, sys.modules["export"].__file__)))
+def source_files(cfg: ExportOptions | None = None) -> list[Path]:
+    """What a submission packs: this file, export.py and the tools that a run asks for; one and the same once packed."""
+    modules = sys.modules["export"], *map(tool, cfg.tools().values() if cfg else ())
+    files = list(dict.fromkeys(Path(file or "").resolve() for file in (__file__, *(m.__file__ for m in modules))))
+    return files if len(files) == 1 else tool("packing").with_imports(files)
 
 
 @lru_cache(maxsize=1)
-def code_bytes() -> int:
-    """Size of the submission's code once packed."""
-    files = source_files()
+def code_bytes(cfg: ExportOptions | None = None) -> int:
+    """Size of the submission's code once packed, tools of that run included."""
+    files = source_files(cfg)
     return files[0].stat().st_size if len(files) == 1 else tool("packing").packed_code_bytes(files)
 
 
@@ -1632,7 +1633,7 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
         write_checkpoint(weights, state, {"artifact_meta": job.meta})       # first: a failing export loses nothing
         job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
         export = encode_artifact(state, job.meta, cfg.export_options, statistics=statistics, sensitivity=read_map(cfg),
-                                 code_bytes=code_bytes(), reserve_bytes=reserve)
+                                 code_bytes=code_bytes(cfg), reserve_bytes=reserve)
     if cfg.export_tune_steps:
         export = tool("tuning").tune(job, export, reserve)
     if export is None:
@@ -1643,7 +1644,7 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     report = export.report
     for line in (*plan_lines(export.tensors.values()), *report.lines()) if report.planned_bytes else report.lines():
         job.folder.log(line)
-    code, raw = code_bytes(), sum(t.numel() * t.element_size() for t in state.values())
+    code, raw = code_bytes(cfg), sum(t.numel() * t.element_size() for t in state.values())
     job.folder.log(f"Code size: {code} bytes (packed)")
     job.folder.log(
         f"Serialized model {name}: {report.total_bytes} bytes (bits_per_weight:{report.bits_per_weight:.3f} "
@@ -1694,8 +1695,11 @@ def shape_from_meta(meta: Mapping[str, Any]) -> ModelShape:
 def roundtrip(job: Job) -> EvalResult:
     """Reads the artifact from disk (rank 0; the others receive its bytes) and evaluates it in a fresh model."""
     scheme = job.cfg.export_scheme
-    path = job.folder.path / ARTIFACTS[scheme][0]
+    path = Path(job.cfg.eval_artifact or job.folder.path / ARTIFACTS[scheme][0])
     artifact: Artifact = decode_artifact(job.rt.broadcast(path.read_bytes() if job.rt.master else b""))
+    for key in ("train_seq_len", "tokenizer_sha256"):
+        if artifact.meta.get(key) != job.meta[key]:
+            raise ArtifactError(f"meta.{key}", None, artifact.meta.get(key), f"{job.meta[key]}, that of the knobs")
     model = job.rt.compile(load_model(artifact.state, artifact.meta, job.rt))
     result = job.evaluate(model, job.cfg.roundtrip_val_max_tokens or job.cfg.val_max_tokens)
     job.seconds["roundtrip"] = result.seconds
@@ -1708,7 +1712,7 @@ def roundtrip(job: Job) -> EvalResult:
 
 def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResult | None) -> int:
     """Writes summary.json, says how the total stands against the cap, and returns the exit code."""
-    code, cap = code_bytes(), job.cfg.artifact_cap_bytes
+    code, cap = code_bytes(job.cfg), job.cfg.artifact_cap_bytes
     total = report.total_bytes + code
     over = bool(cap) and total > cap
     job.folder.write_json("summary.json", {
@@ -1756,7 +1760,8 @@ def load_data(cfg: Config) -> tuple[Data | None, list[str]]:
             return None
 
     tokenizer = attempt(lambda: Tokenizer(cfg.tokenizer_path))
-    train = attempt(lambda: TokenStream(read_split(cfg.data_path, "train")))
+    read = "val" if cfg.eval_artifact else "train"      # a score needs no training data
+    train = attempt(lambda: TokenStream(read_split(cfg.data_path, read)))
     val = attempt(lambda: read_validation(cfg.data_path, cfg.train_seq_len, cfg.vocab_size))
     if tokenizer is not None and tokenizer.vocab_size != cfg.vocab_size:
         problems.append(f"VOCAB_SIZE={cfg.vocab_size}, but tokenizer {cfg.tokenizer_path} has {tokenizer.vocab_size} tokens")
@@ -1768,7 +1773,8 @@ def load_data(cfg: Config) -> tuple[Data | None, list[str]]:
 
 def folder_problems(cfg: Config) -> list[str]:
     """Why the run's folder cannot take its outputs: it exists already, or the disk is too small."""
-    found = []
+    found = [] if not cfg.eval_artifact or Path(cfg.eval_artifact).is_file() else [
+        f"EVAL_ARTIFACT={cfg.eval_artifact}: no such file"]
     path = Path(cfg.log_dir) / cfg.run_id
     if cfg.run_id and path.exists() and not cfg.resume:
         found.append(f"RUN_ID={cfg.run_id} exists in {cfg.log_dir}; choose another, or RESUME=auto continues it")
@@ -1796,13 +1802,14 @@ def predicted_size(cfg: Config) -> tuple[str, bool]:
         prediction = tool("prediction")
     except ExportRefused:
         return "predicted: no size, a packed file runs without scripts/prediction.py", False
-    return prediction.prediction_line(tensor_shapes(cfg.shape), cfg.export_options, code_bytes())
+    return prediction.prediction_line(tensor_shapes(cfg.shape), cfg.export_options, code_bytes(cfg))
 
 
 def export_problems(cfg: Config) -> list[str]:
     """Why there can be no such export: a tool or a map that cannot be used, a size over the cap."""
     found = []
-    for asked, name in (cfg.tools() | ({"the size of the code": "packing"} if len(source_files()) > 1 else {})).items():
+    packed = sys.modules["export"].__file__ == __file__
+    for asked, name in (cfg.tools() | ({} if packed else {"the size of the code": "packing"})).items():
         try:
             tool(name)
         except ExportRefused as error:
@@ -1840,7 +1847,7 @@ def describe(job: Job) -> None:
     cfg, data, log = job.cfg, job.data, job.folder.log
     job.folder.write_json("config.json", {
         "knobs": asdict(cfg) | {"run_id": job.folder.path.name}, "device": job.rt.describe(),
-        "code_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source_files()},
+        "code_sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in source_files(cfg)},
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "tokenizer_sha256": data.tokenizer.sha256, "train_tokens": data.train.size, "val_tokens": data.val.size})
     log(f"run:{job.folder.path} seed:{cfg.seed} {job.rt.describe()}")
@@ -1877,6 +1884,9 @@ def run(cfg: Config, rt: Runtime, data: Data) -> int:
 def carry_out(job: Job, t0: float) -> int:
     """Everything from warm-up to the summary; returns the exit code."""
     cfg, folder = job.cfg, job.folder
+    if cfg.eval_artifact:
+        roundtrip(job)
+        return 0
     describe(job)
     job.seconds["prepare"] = time.perf_counter() - t0
     warm_up(job)

@@ -295,7 +295,7 @@ def given_for(args: argparse.Namespace, state: Mapping[str, Tensor], meta: Mappi
         statistics = calibrate_state(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
                                      tokens=args.calibration_tokens)
     sensitivity = read_sensitivity(args.sensitivity_map, shapes_of(state)) if args.sensitivity_map else None
-    return {"statistics": statistics, "sensitivity": sensitivity, "code_bytes": train_gpt.code_bytes()}
+    return {"statistics": statistics, "sensitivity": sensitivity, "code_bytes": train_gpt.code_bytes(options)}
 
 
 def named_values(knobs: Iterable[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ class SizeGauge:
             job.folder.log(f"step:{job.step} artifact size not measured: that of step {self.pending[0]} is still under way")
             return
         self.finish(job)
-        options, code = job.cfg.export_options, code_bytes()
+        options, code = job.cfg.export_options, code_bytes(job.cfg)
         if options.export_allocate != "uniform":
             options = replace(options, export_allocate="uniform", cap_policy="fit")
         state = {name: t.detach().cpu().clone() for name, t in job.model.state_dict().items()}
@@ -40,6 +40,7 @@ class SizeGauge:
             except (ArtifactError, ExportRefused) as error:
                 job.folder.log(f"step:{step} artifact size not measured: {error}")
                 return
-            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{size.total_bytes + code_bytes()} "
+            total_bytes = size.total_bytes + code_bytes(job.cfg)
+            job.folder.log(f"step:{step} artifact_bytes:{size.total_bytes} total_bytes:{total_bytes} "
                            f"bits_per_weight:{size.bits_per_weight:.3f} rms_error:{size.rms_error:.5f}")
             job.folder.metric(kind="artifact", step=step, artifact_bytes=size.total_bytes, rms_error=size.rms_error)

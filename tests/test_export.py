@@ -1,4 +1,4 @@
-"""Plan, quantiser, size prediction, checkpoints, code packing and the command line of export.py, and the tools of those.
+"""Plan, quantiser, size prediction, checkpoints and the command line of export.py, and the tools of those.
 
 Guarantees: the plan follows the baseline's rule in one deterministic order; codes and scales equal a slow plain
 quantiser's, are off by at most half a step, and scale with the weights; predicted sizes of trained models are within 1 %;
@@ -32,7 +32,6 @@ from torch import Tensor
 import export
 import export_verbs
 import int8_plan
-import packing
 import prediction
 import train_gpt
 from export import ArtifactError, Choice, ExportOptions, dequantize, quantize, uniform_choice
@@ -614,86 +613,6 @@ def test_mutated_checkpoints_raise_nothing_else(kind: str, tmp_path: Path) -> No
     assert refused > 100
 
 
-# Code size
-
-FAKE_EXPORT = '''"""A docstring that costs nothing."""
-from dataclasses import dataclass
-# a comment
-@dataclass
-class Thing:
-    """Another docstring."""
-    x: int = 1  # and a comment
-def boom():
-    """Only a docstring before the fault."""
-    raise KeyError("boom")
-def silent():
-    """Nothing else."""
-'''
-FAKE_TRAIN = '''"""The program."""
-from __future__ import annotations
-import inspect, sys
-import export
-from export import Thing
-def main():
-    assert sys.modules["export"] is export and export.Thing is Thing and export.silent() is None
-    assert __name__ == "__main__" and sys.modules["train_gpt"] is sys.modules["__main__"]
-    print(export.__file__ == __file__, inspect.getsource(export.boom).strip().splitlines()[-1].strip())
-    print(inspect.getsource(main).splitlines()[0], sys.argv[1:])
-    export.boom()
-if __name__ == "__main__":
-    from train_gpt import main as again
-    assert again is main
-    again()
-'''
-
-
-def run_alone(path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, path.name, *args], cwd=path.parent, env={}, text=True, capture_output=True)
-
-
-def test_packed_file_runs_alone_and_shows_its_source_in_tracebacks(tmp_path: Path) -> None:
-    packed = packing.pack_code({"train_gpt.py": FAKE_TRAIN, "export.py": FAKE_EXPORT})
-    assert packed == packing.pack_code({"export": FAKE_EXPORT, "train_gpt": FAKE_TRAIN})
-    path = tmp_path / "submission.py"
-    path.write_text(packed)
-    run = run_alone(path, "--flag")
-    assert run.stdout.splitlines() == ["True raise KeyError('boom')", "def main(): ['--flag']"]
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == "KeyError: 'boom'"
-    assert "export.boom()" in run.stderr
-    assert "raise KeyError('boom')" in run.stderr
-    assert os.listdir(tmp_path) == ["submission.py"]
-
-
-def test_packed_bytes_are_those_of_the_file_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, source in (("train_gpt.py", FAKE_TRAIN), ("export.py", FAKE_EXPORT)):
-        (tmp_path / name).write_text(source)
-    paths = [tmp_path / "train_gpt.py", tmp_path / "export.py"]
-    size = packing.packed_code_bytes(paths)
-    packed = tmp_path / "packed.py"
-    packed.write_text(packing.pack_code({"train_gpt": FAKE_TRAIN, "export": FAKE_EXPORT}))
-    with monkeypatch.context() as patch:        # in a packed file both modules have its path, and scripts/ is not beside it
-        for module in (train_gpt, export):
-            patch.setattr(module, "__file__", str(packed))
-        assert train_gpt.code_bytes.__wrapped__() == size
-    assert size == packed.stat().st_size
-    paths[1].write_text(FAKE_EXPORT + "# " + "noise " * 500 + "\n")
-    assert packing.packed_code_bytes(paths) == size
-    paths[1].write_text(FAKE_EXPORT + "TABLE = " + repr(random.Random(0).sample(range(10**6), 200)) + "\n")
-    assert packing.packed_code_bytes(paths) > size + 300
-    with pytest.raises(ValueError, match="packing needs train_gpt, got export"):
-        packing.pack_code({"export": FAKE_EXPORT})
-
-
-def test_the_exporter_works_when_packed(tmp_path: Path) -> None:
-    golden = ROOT / "tests" / "data" / "golden_v2.anlm"
-    program = "import sys, export\nprint(len(export.load_artifact(sys.argv[1]).state))\nprint(export.__doc__)\n"
-    sources = {"train_gpt": program, "export": Path(export.__file__).read_text()}
-    (tmp_path / "train_gpt.py").write_text(packing.pack_code(sources))
-    run = run_alone(tmp_path / "train_gpt.py", str(golden))
-    assert (run.stdout.splitlines(), run.stderr) == (["9", "None"], "")
-
-
 # Command line
 
 CODE_BYTES = 1_000
@@ -714,7 +633,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(export_verbs, "meta_from_state", meta_from_state)
     monkeypatch.setattr(export_verbs, "evaluate_artifact", evaluate_artifact)
-    monkeypatch.setattr(train_gpt, "code_bytes", lambda: CODE_BYTES)
+    monkeypatch.setattr(train_gpt, "code_bytes", lambda *_: CODE_BYTES)
     return calls
 
 

@@ -26,7 +26,6 @@ import torch
 
 import export
 import export_verbs
-import packing
 import train_gpt
 
 ROOT = Path(train_gpt.__file__).parent
@@ -106,6 +105,11 @@ def summary(env: dict[str, str]) -> dict:
 
 def outputs(env: dict[str, str]) -> Path:
     return Path(env["LOG_DIR"]) / env["RUN_ID"]
+
+
+def code_bytes(env: dict[str, str]) -> int:
+    """What the code of such a run weighs, the tools that it needs included."""
+    return train_gpt.code_bytes(train_gpt.Config.parse(env)[0])
 
 
 def start(env: dict[str, str]) -> subprocess.Popen[str]:
@@ -410,20 +414,22 @@ def test_a_shape_predicted_over_the_cap_is_refused_before_any_work(env, capsys):
 
 
 def test_a_shape_that_no_plan_can_fit_is_refused_before_any_work(env, capsys):
-    cap = str(train_gpt.code_bytes() + 3000)
-    line = only_problem(env | {"ARTIFACT_CAP_BYTES": cap, "CAP_POLICY": "fit"}, capsys)
+    env |= {"CAP_POLICY": "fit"}
+    cap = str(code_bytes(env) + 3000)
+    line = only_problem(env | {"ARTIFACT_CAP_BYTES": cap}, capsys)
     assert re.fullmatch(rf"error: predicted: artifact \d+ \+ code \d+ = \d+ bytes of {cap} OVER THE CAP \(CAP_POLICY=fit\): "
                         "choose a smaller shape", line)
 
 
 def test_cap_policy_fit_ends_below_the_cap(env):
-    cap = train_gpt.code_bytes() + 100_000
-    env |= {"ITERATIONS": "3", "ARTIFACT_CAP_BYTES": str(cap), "CAP_POLICY": "fit", "INT8_SCALE_FLOOR": "0"}
+    env |= {"ITERATIONS": "3", "CAP_POLICY": "fit", "INT8_SCALE_FLOOR": "0"}
+    cap = code_bytes(env) + 100_000
+    env |= {"ARTIFACT_CAP_BYTES": str(cap)}
     assert train_gpt.main(env) == 0
     found = summary(env)
     assert found["under_cap"]
     assert cap - 20_000 <= found["total_bytes"] <= cap == found["cap_bytes"]
-    assert found["total_bytes"] == train_gpt.code_bytes() + (outputs(env) / "final_model.int8.ptz").stat().st_size
+    assert found["total_bytes"] == code_bytes(env) + (outputs(env) / "final_model.int8.ptz").stat().st_size
     assert found["planned_bytes"] == pytest.approx(found["artifact_bytes"], rel=0.005)
     assert found["expected_nats"] is None
     meta = export.load_artifact(outputs(env) / "final_model.int8.ptz").meta
@@ -431,8 +437,9 @@ def test_cap_policy_fit_ends_below_the_cap(env):
 
 
 def test_an_allocation_by_calibration_runs_from_shards_to_the_score_and_can_be_repeated(env):
-    cap = train_gpt.code_bytes() + 60_000
-    env |= {"ITERATIONS": "10", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "1000"}
+    env |= {"ITERATIONS": "10", "EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "1000"}
+    cap = code_bytes(env) + 60_000
+    env |= {"ARTIFACT_CAP_BYTES": str(cap)}
     again = env | {"RUN_ID": "again"}
     assert train_gpt.main(env) == train_gpt.main(again) == 0
     log, found = text_of(env), summary(env)
@@ -485,9 +492,9 @@ def test_a_map_of_another_shape_is_refused_in_one_line(env, capsys, tmp_path):
 
 def test_an_allocation_by_a_map_runs_to_the_score(env, tmp_path):
     path = write_map(tmp_path / "map.json", train_gpt.tensor_shapes(train_gpt.Config.parse(env)[0].shape))
-    cap = train_gpt.code_bytes() + 60_000
-    env |= {"ITERATIONS": "2", "ARTIFACT_CAP_BYTES": str(cap), "EXPORT_ALLOCATE": "sensitivity"}
-    env["SENSITIVITY_MAP"] = str(path)
+    env |= {"ITERATIONS": "2", "EXPORT_ALLOCATE": "sensitivity", "SENSITIVITY_MAP": str(path)}
+    cap = code_bytes(env) + 60_000
+    env |= {"ARTIFACT_CAP_BYTES": str(cap)}
     assert train_gpt.main(env) == 0
     found = summary(env)
     assert cap - 20_000 <= found["total_bytes"] <= cap
@@ -505,7 +512,7 @@ def test_measuring_the_size_beside_the_training_changes_nothing_of_it(env):
     assert sorted(int(step) for step in [*skipped, *(line[0] for line in lines)]) == [4, 8]
     assert lines[0][0] == "4"
     for _, artifact, total in lines:
-        assert int(total) == int(artifact) + train_gpt.code_bytes()
+        assert int(total) == int(artifact) + code_bytes(measured)
     assert [str(row["artifact_bytes"]) for row in metrics(measured, "artifact")] == [line[1] for line in lines]
     assert "artifact_bytes:" not in text_of(env)
     assert losses(env) == losses(measured)
@@ -558,7 +565,7 @@ RD = {"ITERATIONS": "10", "EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "1000", "
 
 
 def test_a_rate_distortion_run_ends_just_below_the_cap_and_can_be_repeated(env):
-    cap = train_gpt.code_bytes() + 45_000
+    cap = code_bytes(env) + 45_000
     env |= RD | {"ARTIFACT_CAP_BYTES": str(cap)}
     again = env | {"RUN_ID": "again"}
     assert train_gpt.main(env) == train_gpt.main(again) == 0
@@ -577,7 +584,7 @@ def test_a_rate_distortion_run_ends_just_below_the_cap_and_can_be_repeated(env):
 
 
 def test_tuned_steps_keep_the_integers_and_the_cap_on_one_rank_and_on_two(env):
-    cap = train_gpt.code_bytes() + 45_000
+    cap = code_bytes(env | RD | {"EXPORT_TUNE_STEPS": "3"}) + 45_000
     plain = env | RD | {"ARTIFACT_CAP_BYTES": str(cap)}
     tuned, two = plain | {"RUN_ID": "tuned", "EXPORT_TUNE_STEPS": "3"}, plain | {"RUN_ID": "two", "EXPORT_TUNE_STEPS": "3"}
     assert train_gpt.main(tuned) == 0
@@ -659,6 +666,14 @@ def test_an_existing_run_is_not_overwritten(env, capsys):
     assert not list(outputs(env).iterdir())
 
 
+def test_a_file_is_scored_only_by_the_tokenizer_and_the_length_that_it_was_trained_with(env, capsys):
+    assert only_problem(env | {"EVAL_ARTIFACT": "nothing.ptz"}, capsys) == "error: EVAL_ARTIFACT=nothing.ptz: no such file"
+    golden = str(ROOT / "tests" / "data" / "golden_v2.anlm")
+    assert train_gpt.main(env | {"EVAL_ARTIFACT": golden}) == 1
+    assert text_of(env).startswith("failed: artifact: meta.train_seq_len: found ")
+    assert not (outputs(env) / "config.json").exists()
+
+
 def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
     monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert train_gpt.main(env) == 2
@@ -666,22 +681,6 @@ def test_a_full_disk_is_seen_before_the_work(env, capsys, monkeypatch):
 
 
 # --- the submission -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("knobs", [{}, {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256"}], ids=["int8", "rd"])
-def test_the_packed_file_trains_exports_and_scores_in_an_empty_directory(env, tmp_path, knobs):
-    packed = packing.pack_code({p.name: p.read_text(encoding="utf-8") for p in (ROOT / "train_gpt.py", ROOT / "export.py")})
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    (folder / "train_gpt.py").write_text(packed)
-    env |= {"ITERATIONS": "1", "LOG_DIR": "logs"} | knobs
-    done = subprocess.run([sys.executable, "train_gpt.py"], env=bare_environment() | env, cwd=folder, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((folder / "logs" / "run" / "summary.json").read_text())
-    assert found["code_bytes"] == len(packed.encode()) == (folder / "train_gpt.py").stat().st_size
-    assert found["roundtrip"] is not None
-    assert "predicted: no size, a packed file runs without scripts/prediction.py\n" in done.stdout
 
 
 NEEDS_A_TOOL = {    # knobs -> what each of them asks for
@@ -736,7 +735,7 @@ def test_the_loss_curve_on_cuda_is_the_baselines(env, compiled):
                                    {"EXPORT_SCHEME": "rd", "EXPORT_TUNE_STEPS": "2"}], ids=["int8", "rd", "tuned"])
 def test_on_cuda_a_calibrated_run_fits_the_cap(env, compiled, knobs):
     env |= {"DEVICE": "cuda", "ENABLE_TORCH_COMPILE": compiled, "WARMUP_STEPS": "2", "ITERATIONS": "5"} | knobs
-    cap = train_gpt.code_bytes() + 40_000
+    cap = code_bytes(env) + 40_000
     env |= {"CALIBRATION_TOKENS": "2048", "ARTIFACT_CAP_BYTES": str(cap)}
     assert train_gpt.main(env) == 0
     assert summary(env)["total_bytes"] <= cap
