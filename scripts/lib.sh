@@ -78,7 +78,7 @@ take_arguments() {  # take_arguments DEFAULT_RECIPE [RECIPE] [KNOB=value ...]
     shift
     for argument in "$@"; do
         case $argument in
-            -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"; exit 0 ;;
+            -h | --help) sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "scripts/$(basename "$0")"; exit 0 ;;
             [A-Z]*=*)
                 need_knob "${argument%%=*}" "$argument"
                 export "${argument?}" ;;

@@ -41,8 +41,9 @@ NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
 def launch(name: str, *arguments: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """A launcher in an environment of nothing but a path, a home and `env`."""
     bare = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", str(ROOT / "scripts" / f"{name}.sh"), *arguments], env=bare | env, cwd=cwd,
-                          capture_output=True, text=True, check=False, timeout=120)
+    path = os.path.relpath(ROOT / "scripts" / f"{name}.sh", cwd)
+    return subprocess.run(["bash", path, *arguments], env=bare | env, cwd=cwd, capture_output=True, text=True, check=False,
+                          timeout=120)
 
 
 def dry(name: str, *arguments: str, **env: str) -> str:
