@@ -7,8 +7,8 @@
 Copied are the numbers of metrics.jsonl under kind/key (train/train_loss, val/val_bpb) at their step, the knobs as
 hyperparameters, and the numbers of summary.json under summary/. What was copied stands beside the copy, in
 DIR/RUN_ID/copied.json or in RUN/wandb/PROJECT.copied.json, so that a later call goes on where this one ended. A resumed run
-drops rows and writes them anew: TensorBoard then gets the whole run again and forgets the first rows; Weights & Biases forgets
-nothing, so there the rows of the steps that it has stay as they were first.
+drops rows and writes them anew: TensorBoard then gets the whole run again and forgets the first rows; Weights & Biases
+forgets nothing, so there the rows of the steps that it has stay as they were first.
 """
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def open_sink(kind: str, target: str) -> Iterator[Sink]:
                 copies[run.run_id] = run.folder, Copy(place, target, run)
             folder, copy = copies[run.run_id]
             if folder != run.folder:
-                raise SinkError(f"--{kind}: {folder} and {run.folder} have one name, their copies would mix; watch one of them")
+                raise SinkError(f"--{kind}: {folder} and {run.folder} have one name, their copies would mix; watch one")
             return copy.advance(run)
         except OSError as fault:
             raise SinkError(f"--{kind} {target}: {fault}") from fault

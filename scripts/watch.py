@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 import runs
 from sinks import SINKS, Sink, SinkError, open_sink
 
-POINTS = 2000               # a curve is halved at twice as many: more than any terminal shows
+POINTS = 600                # a curve is halved at twice as many; a terminal shows two a column
 PACE_ROWS = 8               # rows that tell the pace
 SILENT_S = 120.0            # never called stalled before: a validation writes no rows
 SILENT_ELSEWHERE_S = 900.0  # the same for compiling and exporting, which have no pace
@@ -55,9 +56,11 @@ class Curve:
         self.columns = array("d"), array("d"), array("d")       # step, train_ms (nan where the row has none), value
 
     def add(self, step: float, train_ms: float, value: float) -> None:
-        for column, number in zip(self.columns, (step, train_ms, value), strict=True):
-            column.append(number)
-        if len(self.columns[0]) > 2 * POINTS:
+        steps, times, values = self.columns
+        steps.append(step)
+        times.append(train_ms)
+        values.append(value)
+        if len(steps) > 2 * POINTS:
             self.columns = tuple(column[::2] for column in self.columns)   # of an odd length: the last one stays
 
     def over(self, x_axis: str, batch_tokens: float) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +109,7 @@ class Watched:
     def add(self, line: bytes) -> None:
         """A row of metrics.jsonl; what a killed process left half-written is passed over."""
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())     # a str is spared the guess of its encoding
             kind, step, train_ms = row["kind"], int(row["step"]), float(row.get("train_ms", math.nan))
         except (ValueError, KeyError, TypeError, AttributeError):
             return
@@ -116,7 +119,9 @@ class Watched:
         for key, value in row.items():
             if key not in ("kind", "step") and isinstance(value, (int, float)):
                 self.newest[key] = value
-                self.curves.setdefault(key, Curve()).add(step, train_ms, value)
+                if key not in self.curves:
+                    self.curves[key] = Curve()
+                self.curves[key].add(step, train_ms, value)
 
     def changed(self, *names: str) -> bool:
         """Whether one of these files is new, gone or another since the last call."""
@@ -190,12 +195,12 @@ class Watched:
 
 
 def thinned(lines: Sequence[bytes]) -> Iterable[bytes]:
-    """Of a long backlog of train rows every so manieth; parsing all of them would delay the first frame by seconds."""
-    stride = len(lines) // POINTS
-    if stride < 2:
+    """Of a long backlog about POINTS train rows, the newest and all others: parsing every row delays the first frame."""
+    count = len(lines)
+    if count < 2 * POINTS:
         return lines
-    newest = len(lines) - PACE_ROWS
-    return (line for i, line in enumerate(lines) if i % stride == 0 or i >= newest or b'"kind": "train"' not in line)
+    others = [i for i, line in enumerate(lines) if b'"kind": "train"' not in line]
+    return [lines[i] for i in sorted({*range(0, count, count // POINTS), *range(count - PACE_ROWS, count), *others})]
 
 
 def last_line(path: Path) -> str:
@@ -230,8 +235,8 @@ class Watch:
         self.paths, self.select = paths, select
         self.known: dict[Path, Watched] = {}
         self.ledgers = {path: read_sweep(path) for path in paths if path.is_file()}
-        if missing := [str(p) for p in paths if not p.exists()]:
-            raise runs.RunError(f"{', '.join(missing)}: not found; wanted a run's folder, a folder of runs or a sweep_NAME.json")
+        if gone := [str(path) for path in paths if not path.exists()]:
+            raise runs.RunError(f"{', '.join(gone)}: not found; wanted a run's folder, a folder of runs or sweep_NAME.json")
         self.poll()
 
     def folders(self) -> dict[Path, Mapping[str, Any]]:
@@ -327,8 +332,8 @@ def shortened(text: str, width: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Curves. plotext takes 94 to 160 ms for 50 runs, uniplot labels a logarithmic axis by powers of ten alone, which a loss never
-# crosses, and either would have to be installed on the machine that trains.
+# Curves. plotext takes 94 to 160 ms for 50 runs, uniplot labels a logarithmic axis by powers of ten alone, which a loss does
+# not cross, and either would have to be installed on the machine that trains.
 # ----------------------------------------------------------------------------------------------------------------------
 
 SIGNS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -369,21 +374,24 @@ def canvas(series: Series, bounds: tuple[float, float, float, float], width: int
     dot_rows, dot_columns = BRAILLE.shape if style.unicode else (1, 1)
     rows, columns = height * dot_rows, width * dot_columns
     x_low, x_high, y_low, y_high = bounds
-    owner, bits = np.full((height, width), -1), np.zeros((height, width), int)
+    owner, dots = np.full((height, width), -1), np.zeros((rows, columns), bool)
     for index, x, y in series:
         across, up = (x - x_low) / (x_high - x_low), (y - y_low) / (y_high - y_low)
         low, high = extent(across * (columns - 1), up * (rows - 1), columns, rows)
-        down = np.arange(rows)[::-1, None]
-        dots = ((down >= low) & (down <= high)).reshape(height, dot_rows, width, dot_columns)
-        owner[dots.any((1, 3))] = index
-        bits |= (dots * BRAILLE[:dot_rows, None, :dot_columns]).sum((1, 3))
+        heights = np.maximum(high - low + 1, 0)
+        column, first = np.repeat(np.arange(columns), heights), np.repeat(np.cumsum(heights) - heights, heights)
+        row = rows - 1 - (np.repeat(low, heights) + np.arange(len(column)) - first)
+        dots[row, column] = True
+        owner[row // dot_rows, column // dot_columns] = index
+    cells = dots.reshape(height, dot_rows, width, dot_columns)
+    bits = (cells * BRAILLE[:dot_rows, None, :dot_columns]).sum((1, 3))
     lines = []
     for owners, codes in zip(owner.tolist(), bits.tolist(), strict=True):
         pieces = itertools.groupby(zip(owners, codes, strict=True), key=lambda cell: cell[0])
         lines.append("".join(
-            " " * len(list(cells)) if index < 0 else style.paint("".join(
-                chr(0x2800 + code) if style.unicode else SIGNS[index % len(SIGNS)] for _, code in cells), index)
-            for index, cells in pieces))
+            " " * len(list(piece)) if index < 0 else style.paint("".join(
+                chr(0x2800 + code) if style.unicode else SIGNS[index % len(SIGNS)] for _, code in piece), index)
+            for index, piece in pieces))
     return lines
 
 
@@ -416,7 +424,7 @@ def plot(title: str, series: Series, width: int, height: int, style: Style, *, x
     return [f"{shortened(title + (' (log)' if log else ''), width):^{width}}",
             *((f"{label if i % every == 0 or i == height - 3 else '':>{margin}}" + side + line)
               for i, (label, line) in enumerate(zip(labels, drawn, strict=True))),
-            f"{'':{margin + 1}}{ends[0]}{ends[1]:>{width - margin - 1 - len(ends[0])}}"]
+            f"{'':{margin + 1}}{ends[0]}{ends[1]:>{max(width - margin - 1 - len(ends[0]), 0)}}"[:width]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -532,7 +540,9 @@ def live(watch: Watch, view: View, every_s: float, mirrors: Sequence[Sink]) -> N
 
 def mirror(watch: Watch, mirrors: Sequence[Sink], deadline_s: float = math.inf) -> None:
     """Hands every run to every sink until it has all, or until the deadline."""
-    for sink, run in itertools.product(mirrors, [watched.run for watched in watch.runs if watched.run is not None]):
+    pairs = list(itertools.product(mirrors, [watched.run for watched in watch.runs if watched.run is not None]))
+    quiet = not pairs or deadline_s < math.inf or not sys.stderr.isatty()
+    for sink, run in tqdm(pairs, desc="copied runs", leave=False, disable=quiet):
         while time.monotonic() < deadline_s and sink(run):
             pass
 
@@ -563,8 +573,10 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{kind}", metavar=sink.target, help=f"copy rows, knobs and summaries to this {sink.target}")
     args = parser.parse_args(arguments)
     view = View(tuple(filter(None, args.y.split(","))), args.x, args.log)
-    if not view.y_keys or not 0 < args.every < math.inf:
-        parser.error(f"--every wants seconds above 0 and --y at least one key, got {args.every} and {args.y!r}")
+    if not 0 < args.every < math.inf:
+        parser.error(f"--every wants seconds above 0, got {args.every}")
+    if not view.y_keys:
+        parser.error(f"--y wants keys of the rows, got {args.y!r}")
     try:
         with contextlib.ExitStack() as stack:
             watch = Watch(args.paths, args.select)
