@@ -38,7 +38,7 @@ POINTS = 600                # a curve is halved at twice as many; a terminal sho
 PACE_ROWS = 8               # rows that tell the pace
 SILENT_S = 120.0            # never called stalled before: a validation writes no rows
 SILENT_ELSEWHERE_S = 900.0  # the same for compiling and exporting, which have no pace
-SINK_S = 0.5                # of every redraw, for what a sink has to catch up with
+SINK_SHARE = 0.5            # of the time between redraws, for what a sink has to catch up with
 ACTIVE = ("running", "finishing", "starting", "stalled")
 X_AXES = ("step", "seconds", "tokens")
 Y_KEYS = "train_loss,val_bpb"
@@ -95,7 +95,7 @@ class Watched:
             self.forget()
         for line in thinned(lines):
             self.add(line)
-        self.changed("metrics.jsonl")
+        self.changed("metrics.jsonl")       # its time says how long the run has been silent
         if self.changed("config.json", "summary.json", "sweep.json"):
             self.run, self.fault = None, ""
             if "config.json" in self.seen:
@@ -529,10 +529,11 @@ def live(watch: Watch, view: View, every_s: float, mirrors: Sequence[Sink]) -> N
         while True:
             t0, size = time.monotonic(), terminal_size()
             lines = frame(watch, view, *size, style, time.time())
-            # Each line is cleared before it is written: clearing after a full line would take its last character.
-            sys.stdout.write("\x1b[H" + "\r\n".join(f"\x1b[K{line}" for line in lines) + "\x1b[J")
+            # Each line is cleared before it is written, with the last one all below: after a full line that would take its
+            # last character.
+            sys.stdout.write("\x1b[H" + "".join(f"\x1b[K{line}\r\n" for line in lines[:-1]) + "\x1b[J" + lines[-1])
             sys.stdout.flush()
-            mirror(watch, mirrors, deadline_s=t0 + SINK_S)
+            mirror(watch, mirrors, deadline_s=t0 + SINK_SHARE * every_s)
             while time.monotonic() - t0 < every_s and terminal_size() == size:
                 time.sleep(min(0.1, every_s))
             watch.poll()
@@ -582,12 +583,13 @@ def main(arguments: list[str]) -> int:
             watch = Watch(args.paths, args.select)
             mirrors = [stack.enter_context(open_sink(kind, vars(args)[kind])) for kind in SINKS if vars(args)[kind]]
             if sys.stdout.isatty() and not args.once and os.environ.get("TERM") != "dumb":
-                mirror(watch, mirrors, time.monotonic() + SINK_S)       # where it asks for a login, before the full screen
+                # A sink may ask for a login: before the full screen.
+                mirror(watch, mirrors, time.monotonic() + SINK_SHARE * args.every)
                 live(watch, view, args.every, mirrors)
             check(watch, view)
             mirror(watch, mirrors)
             print("\n".join(frame(watch, view, terminal_size()[0], None, Style(False, shows_unicode()), time.time())))
-    except (runs.RunError, SinkError) as fault:
+    except (runs.RunError, SinkError, OSError) as fault:
         parser.error(" ".join(str(fault).split()))
     except KeyboardInterrupt:
         pass

@@ -547,8 +547,8 @@ class Terminal:
         """Reads on until a whole frame has it; that frame's lines."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.read():
-            for body in reversed([part.split("\x1b[J")[0] for part in self.text.split("\x1b[H")[1:] if "\x1b[J" in part]):
-                lines = [plain(line).removeprefix("\x1b[K") for line in body.replace("\r", "").split("\n")]
+            for body in reversed(self.text.split("\x1b[H")[1:-1]):      # the last one may be half-written
+                lines = [re.sub(r"^\x1b\[[JK]", "", plain(line)) for line in body.replace("\r", "").split("\n")]
                 if seen(lines):
                     return lines
         raise AssertionError(f"never seen; the end of the output: {self.text[-2000:]!r}")
@@ -600,6 +600,7 @@ def test_a_terminal_is_redrawn_resized_and_left_as_it_was_by_ctrl_c(tmp_path: Pa
     assert terminal.text.rstrip("\r\n").endswith(LEAVE)
     assert (terminal.text.count(ENTER), terminal.text.count(LEAVE)) == (1, 1)
     assert "Traceback" not in terminal.text
+    assert not re.search(r"[^\nH]\x1b\[[JK]", plain(terminal.text))      # it would take a character
 
 
 def test_a_terminal_is_left_as_it_was_by_a_signal(tmp_path: Path) -> None:
