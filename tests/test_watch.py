@@ -315,17 +315,18 @@ def test_runs_appear_and_vanish_and_keep_their_signs(tmp_path: Path) -> None:
 
 
 def test_of_a_long_run_every_validation_and_the_newest_row_are_kept(tmp_path: Path) -> None:
-    rows = [row for step in range(1, 6001) for row in (train_row(step), val_row(step))[:1 if step % 500 else 2]]
+    rows = [row for step in range(1, 6010) for row in (train_row(step), val_row(step))[:1 if step % 500 else 2]]
     folder = make_run(tmp_path / "r", *rows)
     run = followed(folder)
-    full = {step: 7 - step / 20 for step in range(1, 6001)}
+    full = {step: 7 - step / 20 for step in range(1, 6010)}
     losses = curve(run, "train_loss")
     assert watch.POINTS <= len(losses) <= 2 * watch.POINTS
     assert all(full[int(x)] == y for x, y in losses)
-    assert max(np.diff([x for x, _ in losses])) <= 2 * 6000 / watch.POINTS
+    assert max(np.diff([x for x, _ in losses])) <= 2 * 6009 / watch.POINTS
+    assert [x for x, _ in losses[-watch.PACE_ROWS:]] == list(range(6010 - watch.PACE_ROWS, 6010))
     assert [x for x, _ in curve(run, "val_bpb")] == list(range(500, 6001, 500))
-    assert (run.step, run.newest["train_loss"], round(run.step_ms, 1)) == (6000, full[6000], 50.0)
-    for step in range(6001, 8001):      # and when they come one by one
+    assert (run.step, run.newest["train_loss"], round(run.step_ms, 1)) == (6009, full[6009], 50.0)
+    for step in range(6010, 8001):      # and when they come one by one
         run.add(json.dumps(train_row(step)).encode())
     losses = curve(run, "train_loss")
     assert len(losses) <= 2 * watch.POINTS
@@ -527,14 +528,15 @@ class Terminal:
             os.execve(sys.executable, [sys.executable, SCRIPT, *map(str, arguments)],
                       os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"} | env)
         self.resize(columns, lines)
-        self.modes, self.text = termios.tcgetattr(self.fd), ""
+        self.modes, self.text, self.quiet = termios.tcgetattr(self.fd), "", False
 
     def resize(self, columns: int, lines: int) -> None:
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
 
     def read(self) -> bool:
         """Whether there was more; after the end there is none."""
-        if not select.select([self.fd], [], [], 0.1)[0]:
+        self.quiet = not select.select([self.fd], [], [], 0.1)[0]
+        if self.quiet:
             return True
         try:
             data = os.read(self.fd, 65536)
@@ -547,7 +549,8 @@ class Terminal:
         """Reads on until a whole frame has it; that frame's lines."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.read():
-            for body in reversed(self.text.split("\x1b[H")[1:-1]):      # the last one may be half-written
+            whole = self.text.split("\x1b[H")[1:] if self.quiet else self.text.split("\x1b[H")[1:-1]
+            for body in reversed(whole):
                 lines = [re.sub(r"^\x1b\[[JK]", "", plain(line)) for line in body.replace("\r", "").split("\n")]
                 if seen(lines):
                     return lines
@@ -604,8 +607,11 @@ def test_a_terminal_is_redrawn_resized_and_left_as_it_was_by_ctrl_c(tmp_path: Pa
 
 
 def test_a_terminal_is_left_as_it_was_by_a_signal(tmp_path: Path) -> None:
-    with on_terminal(80, 24, tmp_path, PYTHONIOENCODING="ascii") as terminal:       # and a folder may still be empty
+    with on_terminal(80, 24, tmp_path, "--every", "600", PYTHONIOENCODING="ascii") as terminal:
         assert terminal.until(lambda lines: bool(lines[0])) == ["0 runs: none yet"]
+        make_run(tmp_path / "r", train_row(10), train_row(20))
+        terminal.resize(70, 20)                                 # is drawn at once
+        assert len(terminal.until(lambda lines: lines[0].startswith("1 run"))) == 20
         assert terminal.end(lambda: os.kill(terminal.pid, signal.SIGTERM)) == 128 + signal.SIGTERM
     assert terminal.text.endswith(LEAVE)
     assert terminal.text.isascii()
