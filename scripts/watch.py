@@ -185,6 +185,8 @@ class Watched:
             return "over cap" if 0 < cap_bytes < self.summary["total_bytes"] else "finished"
         if (told := self.told.get("state", "running")) != "running":
             return printable(str(told))
+        if self.run and self.run.sweep and self.run.sweep.get("halted"):
+            return "halted"
         for words, state in (("failed:", "failed"), ("stopped by signal", "stopped")):
             if self.last_line.startswith(words):
                 return state
@@ -221,11 +223,16 @@ def is_run(folder: Path) -> bool:
 
 
 def read_sweep(path: Path) -> dict[Path, Mapping[str, Any]]:
-    """Folder -> row of a sweep's ledger. Raises RunError."""
+    """Folder -> row of a sweep's ledger; arms of equal knobs share a folder and its line. Raises RunError."""
     rows = runs.read_object(path).get("runs")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("folder"), str) for row in rows):
         raise runs.RunError(f"{path} is no ledger of a sweep: wanted runs, a list of objects that name their folder")
-    return {(path.parent / row["folder"]).resolve(): row for row in rows}
+    found: dict[Path, Mapping[str, Any]] = {}
+    for row in rows:
+        folder = (path.parent / row["folder"]).resolve()
+        twin = found.get(folder)
+        found[folder] = row if twin is None else row | {"arm": f"{twin.get('arm')}={row.get('arm')}"}
+    return found
 
 
 class Watch:

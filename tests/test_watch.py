@@ -217,6 +217,15 @@ def test_the_arm_of_a_sweep_is_the_name_without_a_ledger(tmp_path: Path) -> None
     folder = make_run(tmp_path / "x1", train_row(1))
     (folder / "sweep.json").write_text('{"arm": "wide", "code": "c"}')
     assert row_of(folder)["run"] == "wide"
+    assert row_of(folder)["state"] == "running"
+    (folder / "sweep.json").write_text('{"arm": "wide", "code": "c", "halted": "behind at step 50"}')
+    assert row_of(folder)["state"] == "halted"
+
+
+def test_arms_that_share_a_folder_share_a_line(tmp_path: Path) -> None:
+    ledger = tmp_path / "sweep_a.json"
+    ledger.write_text(json.dumps({"runs": [{"arm": arm, "seed": 1, "state": "pending", "folder": "x"} for arm in "pq"]}))
+    assert [run.name for run in Watch([ledger]).runs] == ["p=q"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
