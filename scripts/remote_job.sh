@@ -54,7 +54,7 @@ follow() {  # follow OFFSET SECONDS
     local holder pid
     read -r holder pid < "$lock"
     [ "$holder" = "$run_id" ] && [ -n "$pid" ] || return
-    timeout "$2" tail -s 0.5 -c "+$1" --pid="$pid" -f "$remote/job.log" || [ $? -eq 124 ]
+    timeout "$2" tail -s 0.2 -c "+$1" --pid="$pid" -f "$remote/job.log" || [ $? -eq 124 ]
 }
 
 job() {  # job NPROC PYTHON PUSH_TO
@@ -67,9 +67,10 @@ job() {  # job NPROC PYTHON PUSH_TO
     fi
     list_results > "$remote/manifest.tmp"
     publish "$remote/manifest"
-    # Its words have a file of their own: the manifest vouches for the log.
-    [ -z "$3" ] || rsync -rt --partial-dir=.rsync-partial --delay-updates "$folder/" "$3/$run_id/" \
-        > "$remote/push.log" 2>&1 9>&- || echo "the push to $3 failed" >> "$remote/push.log"
+    # Beside what comes next, for whoever pulls need not wait; its words have a file of their own, the manifest vouches
+    # for the log.
+    [ -z "$3" ] || { rsync -rt --partial-dir=.rsync-partial --delay-updates "$folder/" "$3/$run_id/" ||
+        echo "the push to $3 failed"; } > "$remote/push.log" 2>&1 9>&- &
 }
 
 run_trainer() {  # run_trainer NPROC PYTHON: leaves its exit code in $code

@@ -18,13 +18,14 @@
 # --require-pull starts nothing while any run that was started from here is not yet safe here.
 #
 # Settings, from the environment:
-#   SSH_OPTS            options of ssh: port, identity, config file
+#   SSH_OPTS            options of ssh: port, identity, config file; nothing is asked, so a new host's key needs
+#                       -o StrictHostKeyChecking=accept-new
 #   REMOTE_DIR          folder on the host (~/artifact-native-trainer)
 #   REMOTE_PYTHON       Python on the host (empty: .venv/bin/python, made from requirements.txt when absent)
 #   NPROC               processes, one a GPU (0: as many as nvidia-smi lists)
 #   PULL_EVERY          seconds between pulls, and between attempts while something is in the way (60)
 #   LOG_DIR             folder of the runs here (logs)
-#   PUSH_TO             rsync target to which the host itself copies the run when it ends or is stopped (none)
+#   PUSH_TO             rsync target, an existing folder, to which the host copies a run that ends or is stopped (none)
 #   MAX_COST_USD        with USD_PER_HOUR: most that all runs recorded in LOG_DIR may cost; a run that cannot be finished and
 #                       pulled within it is not started
 #   EXPECTED_SECONDS    training time for that sum (MAX_WALLCLOCK_SECONDS; needed where that is 0)
@@ -100,12 +101,23 @@ plan_run() {  # plan_run RECIPE KNOB=value...: appends to run_ids and knob_lists
     run_id=$(knob "$knobs" RUN_ID)
     knobs=$(grep -v '^RUN_ID=' <<< "$knobs" || true)
     [ -n "$run_id" ] || run_id=$(known_run "$knobs")
-    [ -n "$run_id" ] || run_id=$(basename "${file%.env}")_$(date +%Y%m%d_%H%M%S)
+    [ -n "$run_id" ] || run_id=$(new_name "$(basename "${file%.env}")_$(date +%Y%m%d_%H%M%S)")
     [[ $run_id =~ $SAFE && $run_id != */* && $run_id != .* ]] ||
         fail 2 "RUN_ID must be a name of letters, digits and ._-, got '$run_id'; give one after the recipe"
-    [[ " ${run_ids[*]-} " != *" $run_id "* ]] || fail 2 "$1: RUN_ID=$run_id occurs twice; give each run its own"
+    ! planned "$run_id" || fail 2 "$1: RUN_ID=$run_id occurs twice; give each run its own"
     run_ids+=("$run_id")
     knob_lists+=("$(printf '%s\n' "$knobs" "RUN_ID=$run_id" LOG_DIR=logs RESUME=auto | sed '/^$/d' | LC_ALL=C sort)")
+}
+
+planned() { [[ " ${run_ids[*]-} " == *" $1 "* ]]; }
+
+new_name() {  # new_name BASE: a RUN_ID that no run has
+    local name=$1 count=1
+    while planned "$name" || [ -e "$LOG_DIR/$name" ]; do
+        count=$((count + 1))
+        name=$1_$count
+    done
+    echo "$name"
 }
 
 known_run() {  # known_run KNOBS: the run here that was started with these, an unfinished one first
@@ -113,6 +125,7 @@ known_run() {  # known_run KNOBS: the run here that was started with these, an u
     for file in "$LOG_DIR"/*/remote/env; do
         if [ "$(grep -vE '^(RUN_ID|LOG_DIR|RESUME)=' "$file" 2> /dev/null)" != "$1" ]; then continue; fi
         id=$(basename "${file%/remote/env}")
+        ! planned "$id" || continue
         [ -z "$found" ] || [ "$(recorded "$id" status)" != complete ] || continue
         found=$id
     done
@@ -148,13 +161,13 @@ free_kb() { df -Pk "$1" | awk 'NR == 2 {print $4}'; }
 
 # ---- the record of a run: logs/<RUN_ID>/remote/record -----------------------------------------------------------------
 
-recorded() { sed -n "s/^$2=//p" "$LOG_DIR/$1/remote/record" 2>/dev/null || true; }     # recorded RUN_ID KEY
+recorded() { sed -n "s/^$2=//p" "$LOG_DIR/$1/remote/record" 2> /dev/null || true; }     # recorded RUN_ID KEY
 
 # status: started, stopped (ended early, safe here) or complete. host, ssh_opts, remote_dir: where. bill: USD of earlier
 # starts, seconds of the newest start and of its last sign of life, USD an hour.
 record() {  # record KEY VALUE
     local file=$folder/remote/record
-    { grep -v "^$1=" "$file" 2>/dev/null || true; echo "$1=$2"; } > "$file.tmp" && mv "$file.tmp" "$file"
+    { grep -v "^$1=" "$file" 2> /dev/null || true; echo "$1=$2"; } > "$file.tmp" && mv "$file.tmp" "$file"
 }
 
 remember() {  # the run's folder, knobs, code and record, before anything is started for it
@@ -227,9 +240,10 @@ pull() {  # pull CHECKPOINT OPTION...: everything but older checkpoints; small f
 }
 
 follow() {  # streams the log for PULL_EVERY seconds or until the job ends; the copy's length says where to go on
-    local log=$folder/remote/job.log
+    local log=$folder/remote/job.log began=$SECONDS
     [ -e "$log" ] || : > "$log"
-    host follow "$(($(wc -c < "$log") + 1))" "$PULL_EVERY" 2>/dev/null | tee -a "$log"
+    host follow "$(($(wc -c < "$log") + 1))" "$PULL_EVERY" 2> /dev/null | tee -a "$log" || true
+    [ $((SECONDS - began)) -ge 1 ] || sleep 1       # whatever ends it at once must not make us ask without a pause
 }
 
 in_the_way=""
@@ -263,22 +277,23 @@ refuse_cost() {
     local seconds line
     seconds=$(training_seconds) || exit $?
     line=$(awk -v t="$seconds" -v o="$OVERHEAD_SECONDS" -v r="$USD_PER_HOUR" -v s="$(spent)" -v m="$MAX_COST_USD" 'BEGIN {
-        printf "%s up to %.2f USD (%g + %g s at %g an hour); %.2f of %.2f are spent",
-            s + (t + o) * r / 3600 > m ? "refused:" : "costs", (t + o) * r / 3600, t, o, r, s, m}')
-    [ "${line%%:*}" != refused ] || fail 6 "$run_id ${line}"
+        cost = (t + o) * r / 3600
+        verdict = s + cost > m ? "refused:" : "costs"
+        printf "%s up to %.2f USD (%g + %g s at %g an hour); %.2f of %.2f are spent", verdict, cost, t, o, r, s, m}')
+    [ "${line%%:*}" != refused ] || fail 6 "$run_id $line"
     say "$run_id $line"
 }
 
 launch() {  # launch CHECKPOINT_ON_THE_HOST: starts the job, or starts it again; fails where the connection does
     if [ "$1" = "$launched_from" ]; then tries=$((tries + 1)); else tries=1; fi
     [ "$tries" -le 2 ] || fail 1 "$run_id died twice without getting past checkpoint $1; set CHECKPOINT_EVERY"
-    refuse_unsafe
     refuse_cost
-    if ! { record_place && push && host start "$NPROC" "$REMOTE_PYTHON" "$PUSH_TO" 2> "$work/error"; }; then
+    # The record comes first: a cut may hide from us that the job has started.
+    if ! { record_place && record status started && bill_start && push &&
+        host start "$NPROC" "$REMOTE_PYTHON" "$PUSH_TO" 2> "$work/error"; }; then
         trouble "could not start $run_id on $HOST ($(tail -n 1 "$work/error"))"
         return 1
     fi
-    record status started && bill_start
     launched_from=$1
     say "$run_id runs on $HOST in $REMOTE_DIR"
 }
@@ -300,7 +315,7 @@ leave_old_place() {  # before a run goes on at a new host: the old one must not 
 
 damaged() {  # damaged MANIFEST_SHA256: prints the files that are not the manifest's; nothing when all are
     local manifest=$folder/remote/manifest
-    [ "$(sha256sum 2>/dev/null < "$manifest" | cut -d' ' -f1)" = "$1" ] || { echo remote/manifest; return; }
+    [ "$(sha256sum 2> /dev/null < "$manifest" | cut -d' ' -f1)" = "$1" ] || { echo remote/manifest; return; }
     { cd "$folder" && sha256sum -c --quiet remote/manifest 2> /dev/null; } | sed 's/: FAILED.*//; s,^\./,,' | tr '\n' ' ' ||
         true
 }
@@ -344,13 +359,14 @@ already_here() {  # the run was complete before, and its copy is as it was
     return 1
 }
 
-ask() {  # ask: the host's answer in state, code, manifest, env and checkpoint; fails when it cannot be reached
+ask() {  # the host's answer into state, code, manifest, env and checkpoint; fails where there is none
     local answer rc=0
     answer=$(host status 2> "$work/error") || rc=$?
-    if [ "$rc" -ne 0 ] && { [ "$rc" -ne 255 ] || [ -z "$before" ]; }; then
-        fail 4 "$HOST cannot be used: $(tail -n 1 "$work/error")"
+    if [ "$rc" -ne 0 ]; then
+        [ -n "$before" ] || fail 4 "$HOST cannot be used: $(tail -n 1 "$work/error")"
+        trouble "no answer from $HOST ($(tail -n 1 "$work/error"))"
+        return 1
     fi
-    [ "$rc" -eq 0 ] || { trouble "no connection to $HOST ($(tail -n 1 "$work/error"))"; return 1; }
     read -r state code manifest env checkpoint <<< "${answer##*$'\n'}"     # a login file may print something first
     [ "$env" = - ] || [ "$env" = "$(echo "$knobs" | sha256sum | cut -d' ' -f1)" ] ||
         fail 2 "RUN_ID=$run_id exists on $HOST with other knobs; choose another RUN_ID"
@@ -359,6 +375,7 @@ ask() {  # ask: the host's answer in state, code, manifest, env and checkpoint; 
 attend() {  # one run to its end, from wherever it stands
     local state code manifest env checkpoint launched_from="" tries=0 before
     before=$(recorded "$run_id" status)
+    case $before in '' | stopped) refuse_unsafe ;; esac     # one that is unsafe itself may always go on
     while :; do
         ask || { sleep "$PULL_EVERY"; continue; }
         remember
@@ -367,15 +384,16 @@ attend() {  # one run to its end, from wherever it stands
                 [ -n "$launched_from" ] || [ -n "$in_the_way" ] || say "$run_id is running on $HOST: attending it"
                 launched_from=${launched_from:-attended}
                 bill_seen || true
-                if pull "$checkpoint" --exclude=/remote/job.log; then follow || sleep 1; else sleep "$PULL_EVERY"; fi ;;
+                if pull "$checkpoint" --exclude=/remote/job.log; then follow; else sleep "$PULL_EVERY"; fi ;;
             ended)
-                if [ "$before" = stopped ]; then
+                if [ "$before" = stopped ] && [ "$manifest" = "$(recorded "$run_id" manifest)" ]; then
                     say "$run_id was stopped before: going on from $checkpoint"
-                    if launch "$checkpoint"; then before=started; else sleep "$PULL_EVERY"; fi
-                    continue
-                fi
-                if settle "$code" "$manifest" "$checkpoint"; then break; fi
-                sleep "$PULL_EVERY" ;;
+                    launch "$checkpoint" || sleep "$PULL_EVERY"
+                elif settle "$code" "$manifest" "$checkpoint"; then
+                    break
+                else
+                    sleep "$PULL_EVERY"
+                fi ;;
             died)
                 say "the job of $run_id died with its machine; its newest checkpoint there: $checkpoint"
                 pull "$checkpoint" || true
