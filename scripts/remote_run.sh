@@ -134,7 +134,7 @@ known_run() {  # known_run KNOBS: the run here that was started with these, an u
 
 check_run() {  # check_run KNOBS: faults that can be found here, while they cost nothing
     local python=$VENV/bin/python words base=$LOG_DIR
-    if [ -f "$folder/remote/record" ]; then
+    if [ -f "$folder/remote/env" ]; then
         [ "$(cat "$folder/remote/env")" = "$1" ] || fail 2 "RUN_ID=$run_id was started with other knobs; choose another"
         return
     fi
@@ -165,17 +165,20 @@ recorded() { sed -n "s/^$2=//p" "$LOG_DIR/$1/remote/record" 2> /dev/null || true
 
 # status: started, stopped (ended early, safe here) or complete. host, ssh_opts, remote_dir: where. bill: USD of earlier
 # starts, seconds of the newest start and of its last sign of life, USD an hour.
-record() {  # record KEY VALUE
+record() {  # record KEY VALUE; fails, and leaves the record as it was, where the disk is full
     local file=$folder/remote/record
-    { grep -v "^$1=" "$file" 2> /dev/null || true; echo "$1=$2"; } > "$file.tmp" && mv "$file.tmp" "$file"
+    {
+        { [ ! -e "$file" ] || sed "/^$1=/d" "$file"; } > "$file.tmp" && echo "$1=$2" >> "$file.tmp" && mv "$file.tmp" "$file"
+    } 2> /dev/null
 }
 
 remember() {  # the run's folder, knobs, code and record, before anything is started for it
     [ ! -f "$folder/remote/record" ] || return 0
-    mkdir -p "$folder/remote"
-    echo "$knobs" > "$folder/remote/env"
-    rsync -rtR --exclude=__pycache__ train_gpt.py export.py requirements.txt scripts data/*.py "$folder/remote/code/"
-    record status started
+    if ! { mkdir -p "$folder/remote" && echo "$knobs" > "$folder/remote/env" &&
+        rsync -rtR --exclude=__pycache__ train_gpt.py export.py requirements.txt scripts data/*.py "$folder/remote/code/" &&
+        record status started; }; then
+        fail 7 "cannot write to $folder; nothing was started"
+    fi
 }
 
 record_place() {
@@ -228,15 +231,21 @@ pull() {  # pull CHECKPOINT OPTION...: everything but older checkpoints; small f
     transfer "${@:2}" --exclude=/checkpoints --exclude='*.tmp' "$from/" "$folder/" || code=$?
     if [ "$code" -eq 0 ] && [ "$1" != - ]; then
         mkdir -p "$folder/checkpoints" && transfer "${@:2}" "$from/checkpoints/$1" "$folder/checkpoints/" || code=$?
-        [ "$code" -ne 0 ] || find "$folder/checkpoints" -name 'step_*.safetensors' ! -name "$1" -delete
+        [ "$code" -ne 0 ] || drop_older_than "$1"
     fi
     case $code in
         0 | 23 | 24) working ;;     # 23, 24: the trainer replaced a file under our hands; verification has the last word
-        3 | 11) trouble "cannot write to $folder ($(free_kb "$folder") kB free): nothing is lost on $HOST, free some space"
-            return 1 ;;
-        *) trouble "the pull from $HOST broke off ($(tail -n 1 "$work/error"))"
+        3 | 11) no_room ;;
+        *) trouble "the pull from $HOST broke off ($(why))"
             return 1 ;;
     esac
+}
+
+drop_older_than() {  # drop_older_than CHECKPOINT: a machine restored from an old snapshot must not cost us a newer one
+    local file
+    for file in "$folder"/checkpoints/step_*.safetensors; do
+        if [[ ${file##*/} < $1 ]]; then rm "$file"; fi
+    done
 }
 
 follow() {  # streams the log for PULL_EVERY seconds or until the job ends; the copy's length says where to go on
@@ -244,6 +253,13 @@ follow() {  # streams the log for PULL_EVERY seconds or until the job ends; the 
     [ -e "$log" ] || : > "$log"
     host follow "$(($(wc -c < "$log") + 1))" "$PULL_EVERY" 2> /dev/null | tee -a "$log" || true
     [ $((SECONDS - began)) -ge 1 ] || sleep 1       # whatever ends it at once must not make us ask without a pause
+}
+
+why() { tail -n 1 "$work/error" | tr -d '\r'; }     # the last words of ssh or rsync
+
+no_room() {
+    trouble "cannot write to $folder ($(free_kb "$folder") kB free): nothing is lost on $HOST, free some space"
+    return 1
 }
 
 in_the_way=""
@@ -285,16 +301,17 @@ refuse_cost() {
 }
 
 launch() {  # launch CHECKPOINT_ON_THE_HOST: starts the job, or starts it again; fails where the connection does
-    if [ "$1" = "$launched_from" ]; then tries=$((tries + 1)); else tries=1; fi
-    [ "$tries" -le 2 ] || fail 1 "$run_id died twice without getting past checkpoint $1; set CHECKPOINT_EVERY"
+    local try=1
+    [ "$1" != "$launched_from" ] || try=$((tries + 1))
+    [ "$try" -le 2 ] || fail 1 "$run_id died twice without getting past checkpoint $1; set CHECKPOINT_EVERY"
     refuse_cost
     # The record comes first: a cut may hide from us that the job has started.
-    if ! { record_place && record status started && bill_start && push &&
-        host start "$NPROC" "$REMOTE_PYTHON" "$PUSH_TO" 2> "$work/error"; }; then
-        trouble "could not start $run_id on $HOST ($(tail -n 1 "$work/error"))"
+    { record_place && record status started && bill_start; } || no_room || return
+    if ! { push && host start "$NPROC" "$REMOTE_PYTHON" "$PUSH_TO" 2> "$work/error"; }; then
+        trouble "could not start $run_id on $HOST ($(why))"
         return 1
     fi
-    launched_from=$1
+    launched_from=$1 tries=$try
     say "$run_id runs on $HOST in $REMOTE_DIR"
 }
 
@@ -313,11 +330,11 @@ leave_old_place() {  # before a run goes on at a new host: the old one must not 
 
 # ---- one run ----------------------------------------------------------------------------------------------------------
 
-damaged() {  # damaged MANIFEST_SHA256: prints the files that are not the manifest's; nothing when all are
-    local manifest=$folder/remote/manifest
+damaged() {  # damaged MANIFEST_SHA256: prints the files that are not the manifest's; nothing only when all are
+    local manifest=$folder/remote/manifest found
     [ "$(sha256sum 2> /dev/null < "$manifest" | cut -d' ' -f1)" = "$1" ] || { echo remote/manifest; return; }
-    { cd "$folder" && sha256sum -c --quiet remote/manifest 2> /dev/null; } | sed 's/: FAILED.*//; s,^\./,,' | tr '\n' ' ' ||
-        true
+    found=$(cd "$folder" && sha256sum -c --quiet remote/manifest 2> /dev/null) ||
+        sed 's/: FAILED.*//; s,^\./,,' <<< "${found:-the check itself failed}" | tr '\n' ' '
 }
 
 settle() {  # settle CODE MANIFEST_SHA256 CHECKPOINT: fails until the ended run is here and verified
@@ -336,7 +353,7 @@ settle() {  # settle CODE MANIFEST_SHA256 CHECKPOINT: fails until the ended run 
         status=complete
         grep -q ' \./summary\.json$' "$folder/remote/manifest" || status=stopped code="$1 and no summary.json"
     fi
-    bill_seen && record manifest "$2" && record exit_code "$1" && record status "$status"
+    { bill_seen && record manifest "$2" && record exit_code "$1" && record status "$status"; } || no_room
 }
 
 report_end() {  # report_end CODE: what became of a settled run
@@ -363,8 +380,8 @@ ask() {  # the host's answer into state, code, manifest, env and checkpoint; fai
     local answer rc=0
     answer=$(host status 2> "$work/error") || rc=$?
     if [ "$rc" -ne 0 ]; then
-        [ -n "$before" ] || fail 4 "$HOST cannot be used: $(tail -n 1 "$work/error")"
-        trouble "no answer from $HOST ($(tail -n 1 "$work/error"))"
+        [ -n "$before" ] || fail 4 "$HOST cannot be used: $(why)"
+        trouble "no answer from $HOST ($(why))"
         return 1
     fi
     read -r state code manifest env checkpoint <<< "${answer##*$'\n'}"     # a login file may print something first
