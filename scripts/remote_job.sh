@@ -76,7 +76,7 @@ job() {  # job NPROC PYTHON PUSH_TO
 run_trainer() {  # run_trainer NPROC PYTHON: leaves its exit code in $code
     local pid="" stopped=""
     trap 'stopped=1; [ -z "$pid" ] || kill -TERM "$pid" 2>/dev/null || true' TERM
-    # A session of its own: of a SIGTERM to the whole group it would get two, and the second ends it without a checkpoint.
+    # A process group of its own: of a SIGTERM to the whole job it would get two, and the second ends it without a checkpoint.
     setsid bash scripts/remote_job.sh train . "$run_id" "$@" &
     pid=$!
     [ -z "$stopped" ] || kill -TERM "$pid" 2>/dev/null || true

@@ -138,7 +138,7 @@ class Host:
         return False
 
     def cut(self) -> None:
-        """Ends the listener and every connection; jobs, being in sessions of their own, live on."""
+        """Ends the listener and every connection; jobs are detached and live on."""
         tree, doomed = parents(), {self.sshd.pid}
         names = {pid: Path(f"/proc/{pid}/comm") for pid in tree}
         for _ in range(3):      # listener, privileged and unprivileged process of each connection
