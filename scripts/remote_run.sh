@@ -38,7 +38,6 @@
 # here and the same command goes on; 130, 143 this side was stopped, the job goes on. After 2 and 4 to 7 nothing new has
 # started. The first run that does not complete ends the command.
 set -euo pipefail
-caller=$PWD
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -49,37 +48,29 @@ REMOTE_DIR=${REMOTE_DIR#"~/"}       # ssh and rsync both start in the home folde
 SAFE='^[A-Za-z0-9._/-]+$'           # names that no shell on the way reads otherwise
 LEAST_FREE_KB=65536                 # four artifacts at the cap, where no Python here can say what the run needs
 
-say() { echo "remote: $*"; }
-fail() { echo "error: ${*:2}" >&2; exit "$1"; }
+tell() { echo "remote: $*"; }
+quit() { echo "error: ${*:2}" >&2; exit "$1"; }       # quit CODE WORD...
 
 # ---- what is asked for ------------------------------------------------------------------------------------------------
 
 check_settings() {
     local name
     for name in PULL_EVERY NPROC; do
-        [[ ${!name} =~ ^[0-9]+$ ]] || fail 2 "$name must be a whole number, got '${!name}'"
+        [[ ${!name} =~ ^[0-9]+$ ]] || quit 2 "$name must be a whole number, got '${!name}'"
     done
-    [ "$PULL_EVERY" -ge 1 ] || fail 2 "PULL_EVERY must be at least 1, got '$PULL_EVERY'"
+    [ "$PULL_EVERY" -ge 1 ] || quit 2 "PULL_EVERY must be at least 1, got '$PULL_EVERY'"
     for name in OVERHEAD_SECONDS MAX_COST_USD USD_PER_HOUR EXPECTED_SECONDS; do
-        [[ ${!name} =~ ^([0-9]+(\.[0-9]+)?)?$ ]] || fail 2 "$name must be a number, got '${!name}'"
+        [[ ${!name} =~ ^([0-9]+(\.[0-9]+)?)?$ ]] || quit 2 "$name must be a number, got '${!name}'"
     done
-    [ -z "$MAX_COST_USD" ] || [ -n "$USD_PER_HOUR" ] || fail 2 "MAX_COST_USD needs USD_PER_HOUR, the price of the host"
-    [[ $REMOTE_DIR =~ $SAFE ]] || fail 2 "REMOTE_DIR must be a path of letters, digits and ._/-, got '$REMOTE_DIR'"
+    [ -z "$MAX_COST_USD" ] || [ -n "$USD_PER_HOUR" ] || quit 2 "MAX_COST_USD needs USD_PER_HOUR, the price of the host"
+    [[ $REMOTE_DIR =~ $SAFE ]] || quit 2 "REMOTE_DIR must be a path of letters, digits and ._/-, got '$REMOTE_DIR'"
     for name in ssh rsync sha256sum; do
-        command -v "$name" > /dev/null || fail 2 "this needs $name, which is not installed here"
+        command -v "$name" > /dev/null || quit 2 "this needs $name, which is not installed here"
     done
-}
-
-recipe_file() {  # recipe_file RECIPE: its path
-    local path
-    for path in "$caller/$1" "$1" "scripts/recipes/$1.env"; do
-        [ ! -f "$path" ] || { echo "$path"; return; }
-    done
-    fail 2 "recipe $1: no such file, and none of scripts/recipes/"
 }
 
 read_knobs() (  # read_knobs FILE KNOB=value...: one a line; a subshell, so that nothing of this environment is a knob
-    file=$1
+    file=$1 NAMES=$'\n'$(knob_names)$'\n'
     shift
     for name in $(compgen -e); do unset "$name"; done
     for knob in "$@"; do export "${knob?}"; done
@@ -91,20 +82,21 @@ knob() { sed -n "s/^$2=//p" <<< "$1"; }     # knob KNOBS NAME: its value
 
 plan_run() {  # plan_run RECIPE KNOB=value...: appends to run_ids and knob_lists, or ends with what is wrong
     local file knobs name run_id
-    file=$(recipe_file "$1")
+    find_recipe "$1"
+    file=$RECIPE
     knobs=$(read_knobs "$file" "${@:2}" | LC_ALL=C sort)
     for name in LOG_DIR RESUME PULL_EVERY NPROC REMOTE_DIR REMOTE_PYTHON SSH_OPTS PUSH_TO MAX_COST_USD USD_PER_HOUR \
         EXPECTED_SECONDS OVERHEAD_SECONDS DRY_RUN; do
         ! grep -q "^$name=" <<< "$knobs" ||
-            fail 2 "$1: $name is no knob of a remote run; settings of remote_run.sh go before the command"
+            quit 2 "$1: $name is no knob of a remote run; settings of remote_run.sh go before the command"
     done
     run_id=$(knob "$knobs" RUN_ID)
     knobs=$(grep -v '^RUN_ID=' <<< "$knobs" || true)
     [ -n "$run_id" ] || run_id=$(known_run "$knobs")
     [ -n "$run_id" ] || run_id=$(new_name "$(basename "${file%.env}")_$(date +%Y%m%d_%H%M%S)")
     [[ $run_id =~ $SAFE && $run_id != */* && $run_id != .* ]] ||
-        fail 2 "RUN_ID must be a name of letters, digits and ._-, got '$run_id'; give one after the recipe"
-    ! planned "$run_id" || fail 2 "$1: RUN_ID=$run_id occurs twice; give each run its own"
+        quit 2 "RUN_ID must be a name of letters, digits and ._-, got '$run_id'; give one after the recipe"
+    ! planned "$run_id" || quit 2 "$1: RUN_ID=$run_id occurs twice; give each run its own"
     run_ids+=("$run_id")
     knob_lists+=("$(printf '%s\n' "$knobs" "RUN_ID=$run_id" LOG_DIR=logs RESUME=auto | sed '/^$/d' | LC_ALL=C sort)")
 }
@@ -135,15 +127,15 @@ known_run() {  # known_run KNOBS: the run here that was started with these, an u
 check_run() {  # check_run KNOBS: faults that can be found here, while they cost nothing
     local python=$VENV/bin/python words base=$LOG_DIR
     if [ -f "$folder/remote/env" ]; then
-        [ "$(cat "$folder/remote/env")" = "$1" ] || fail 2 "RUN_ID=$run_id was started with other knobs; choose another"
+        [ "$(cat "$folder/remote/env")" = "$1" ] || quit 2 "RUN_ID=$run_id was started with other knobs; choose another"
         return
     fi
-    [ ! -e "$folder" ] || fail 2 "$folder exists and was not started by remote_run.sh; choose another RUN_ID"
+    [ ! -e "$folder" ] || quit 2 "$folder exists and was not started by remote_run.sh; choose another RUN_ID"
     if [ ! -x "$python" ]; then
-        say "no $python here, so the host alone will check the knobs of $run_id"
+        tell "no $python here, so the host alone will check the knobs of $run_id"
         while [ ! -d "$base" ]; do base=$(dirname "$base"); done
         [ "$(free_kb "$base")" -ge "$LEAST_FREE_KB" ] ||
-            fail 7 "LOG_DIR=$LOG_DIR has $(free_kb "$base") kB free, a run needs at least $LEAST_FREE_KB"
+            quit 7 "LOG_DIR=$LOG_DIR has $(free_kb "$base") kB free, a run needs at least $LEAST_FREE_KB"
         return
     fi
     mapfile -t words <<< "$1"
@@ -177,7 +169,7 @@ remember() {  # the run's folder, knobs, code and record, before anything is sta
     if ! { mkdir -p "$folder/remote" && echo "$knobs" > "$folder/remote/env" &&
         rsync -rtR --exclude=__pycache__ train_gpt.py export.py requirements.txt scripts data/*.py "$folder/remote/code/" &&
         record status started; }; then
-        fail 7 "cannot write to $folder; nothing was started"
+        quit 7 "cannot write to $folder; nothing was started"
     fi
 }
 
@@ -263,8 +255,8 @@ no_room() {
 }
 
 in_the_way=""
-trouble() { [ "$in_the_way" = "$1" ] || say "$1; trying again every $PULL_EVERY s"; in_the_way=$1; }
-working() { [ -z "$in_the_way" ] || say "going on"; in_the_way=""; }
+trouble() { [ "$in_the_way" = "$1" ] || tell "$1; trying again every $PULL_EVERY s"; in_the_way=$1; }
+working() { [ -z "$in_the_way" ] || tell "going on"; in_the_way=""; }
 
 # ---- starting ---------------------------------------------------------------------------------------------------------
 
@@ -273,8 +265,8 @@ refuse_unsafe() {  # other runs that were started from here and have no verified
     for file in "$LOG_DIR"/*/remote/record; do
         id=$(basename "${file%/remote/record}")
         if [ "$id" = "$run_id" ] || [ "$(recorded "$id" status)" != started ]; then continue; fi
-        [ -n "$require_pull" ] || { say "note: $id ($(recorded "$id" host)) is not safe here yet"; continue; }
-        fail 5 "$id was started on $(recorded "$id" host) and is not safe here yet: give its command again first" \
+        [ -n "$require_pull" ] || { tell "note: $id ($(recorded "$id" host)) is not safe here yet"; continue; }
+        quit 5 "$id was started on $(recorded "$id" host) and is not safe here yet: give its command again first" \
             "(or delete $file to give the run up)"
     done
 }
@@ -283,7 +275,7 @@ training_seconds() {  # of the run, as far as the knobs say
     local cap
     cap=$(knob "$knobs" MAX_WALLCLOCK_SECONDS)
     cap=${EXPECTED_SECONDS:-${cap:-600}}
-    awk -v cap="$cap" 'BEGIN {exit !(cap > 0)}' || fail 6 "$run_id has no MAX_WALLCLOCK_SECONDS: with MAX_COST_USD give" \
+    awk -v cap="$cap" 'BEGIN {exit !(cap > 0)}' || quit 6 "$run_id has no MAX_WALLCLOCK_SECONDS: with MAX_COST_USD give" \
         "EXPECTED_SECONDS, its training time"
     echo "$cap"
 }
@@ -296,14 +288,14 @@ refuse_cost() {
         cost = (t + o) * r / 3600
         verdict = s + cost > m ? "refused:" : "costs"
         printf "%s up to %.2f USD (%g + %g s at %g an hour); %.2f of %.2f are spent", verdict, cost, t, o, r, s, m}')
-    [ "${line%%:*}" != refused ] || fail 6 "$run_id $line"
-    say "$run_id $line"
+    [ "${line%%:*}" != refused ] || quit 6 "$run_id $line"
+    tell "$run_id $line"
 }
 
 launch() {  # launch CHECKPOINT_ON_THE_HOST: starts the job, or starts it again; fails where the connection does
     local try=1
     [ "$1" != "$launched_from" ] || try=$((tries + 1))
-    [ "$try" -le 2 ] || fail 1 "$run_id died twice without getting past checkpoint $1; set CHECKPOINT_EVERY"
+    [ "$try" -le 2 ] || quit 1 "$run_id died twice without getting past checkpoint $1; set CHECKPOINT_EVERY"
     refuse_cost
     # The record comes first: a cut may hide from us that the job has started.
     { record_place && record status started && bill_start; } || no_room || return
@@ -312,7 +304,7 @@ launch() {  # launch CHECKPOINT_ON_THE_HOST: starts the job, or starts it again;
         return 1
     fi
     launched_from=$1 tries=$try
-    say "$run_id runs on $HOST in $REMOTE_DIR"
+    tell "$run_id runs on $HOST in $REMOTE_DIR"
 }
 
 leave_old_place() {  # before a run goes on at a new host: the old one must not run it or hold an end that is not here
@@ -321,10 +313,10 @@ leave_old_place() {  # before a run goes on at a new host: the old one must not 
     [ -n "$old" ] && [ "$old $opts $dir" != "$HOST $SSH_OPTS $REMOTE_DIR" ] || return 0
     answer=$(set_place "$old" "$opts" "$dir"; host status 2> /dev/null | tail -n 1) || answer=""
     case $answer in
-        running* | ended*) fail 4 "$run_id is still on $old (${answer%% *}): give the command with that host" ;;
+        running* | ended*) quit 4 "$run_id is still on $old (${answer%% *}): give the command with that host" ;;
         died*) (set_place "$old" "$opts" "$dir"; pull "${answer##* }") ;;
-        absent*) say "$old has lost $run_id" ;;
-        *) say "$old does not answer" ;;
+        absent*) tell "$old has lost $run_id" ;;
+        *) tell "$old does not answer" ;;
     esac
 }
 
@@ -344,7 +336,7 @@ settle() {  # settle CODE MANIFEST_SHA256 CHECKPOINT: fails until the ended run 
     tail -c "+$((shown + 1))" "$log"
     bad=$(damaged "$2")
     if [ -n "$bad" ]; then
-        say "the copy differs from the host's manifest: ${bad% }; pulling again"
+        tell "the copy differs from the host's manifest: ${bad% }; pulling again"
         pull "$3" --checksum || return
         bad=$(damaged "$2")
         [ -z "$bad" ] || { trouble "the copy still differs from the host's manifest: ${bad% }"; return 1; }
@@ -360,10 +352,10 @@ report_end() {  # report_end CODE: what became of a settled run
     local files
     files="$(wc -l < "$folder/remote/manifest" | tr -d ' ') files verified in $folder"
     case $1 in
-        0) say "$run_id complete: $files" ;;
-        3) say "$run_id complete, OVER THE CAP (exit 3), not a valid submission: $files" ;;
-        130 | 143) fail 8 "$run_id was stopped on $HOST by a signal: $files; the same command goes on from its checkpoint" ;;
-        *) fail 1 "$run_id failed on $HOST with exit $1: $files; the end of remote/job.log says why" ;;
+        0) tell "$run_id complete: $files" ;;
+        3) tell "$run_id complete, OVER THE CAP (exit 3), not a valid submission: $files" ;;
+        130 | 143) quit 8 "$run_id was stopped on $HOST by a signal: $files; the same command goes on from its checkpoint" ;;
+        *) quit 1 "$run_id failed on $HOST with exit $1: $files; the end of remote/job.log says why" ;;
     esac
 }
 
@@ -371,8 +363,8 @@ already_here() {  # the run was complete before, and its copy is as it was
     local bad
     [ "$(recorded "$run_id" status)" = complete ] || return 1
     bad=$(damaged "$(recorded "$run_id" manifest)")
-    [ -n "$bad" ] || { say "$run_id was complete before; RUN_ID=other after the recipe runs it again"; return 0; }
-    say "$run_id was complete, but its copy is damaged: ${bad% }"
+    [ -n "$bad" ] || { tell "$run_id was complete before; RUN_ID=other after the recipe runs it again"; return 0; }
+    tell "$run_id was complete, but its copy is damaged: ${bad% }"
     return 1
 }
 
@@ -380,13 +372,13 @@ ask() {  # the host's answer into state, code, manifest, env and checkpoint; fai
     local answer rc=0
     answer=$(host status 2> "$work/error") || rc=$?
     if [ "$rc" -ne 0 ]; then
-        [ -n "$before" ] || fail 4 "$HOST cannot be used: $(why)"
+        [ -n "$before" ] || quit 4 "$HOST cannot be used: $(why)"
         trouble "no answer from $HOST ($(why))"
         return 1
     fi
     read -r state code manifest env checkpoint <<< "${answer##*$'\n'}"     # a login file may print something first
     [ "$env" = - ] || [ "$env" = "$(echo "$knobs" | sha256sum | cut -d' ' -f1)" ] ||
-        fail 2 "RUN_ID=$run_id exists on $HOST with other knobs; choose another RUN_ID"
+        quit 2 "RUN_ID=$run_id exists on $HOST with other knobs; choose another RUN_ID"
 }
 
 attend() {  # one run to its end, from wherever it stands
@@ -398,13 +390,13 @@ attend() {  # one run to its end, from wherever it stands
         remember
         case $state in
             running)
-                [ -n "$launched_from" ] || [ -n "$in_the_way" ] || say "$run_id is running on $HOST: attending it"
+                [ -n "$launched_from" ] || [ -n "$in_the_way" ] || tell "$run_id is running on $HOST: attending it"
                 launched_from=${launched_from:-attended}
                 bill_seen || true
                 if pull "$checkpoint" --exclude=/remote/job.log; then follow; else sleep "$PULL_EVERY"; fi ;;
             ended)
                 if [ "$before" = stopped ] && [ "$manifest" = "$(recorded "$run_id" manifest)" ]; then
-                    say "$run_id was stopped before: going on from $checkpoint"
+                    tell "$run_id was stopped before: going on from $checkpoint"
                     launch "$checkpoint" || sleep "$PULL_EVERY"
                 elif settle "$code" "$manifest" "$checkpoint"; then
                     break
@@ -412,17 +404,17 @@ attend() {  # one run to its end, from wherever it stands
                     sleep "$PULL_EVERY"
                 fi ;;
             died)
-                say "the job of $run_id died with its machine; its newest checkpoint there: $checkpoint"
+                tell "the job of $run_id died with its machine; its newest checkpoint there: $checkpoint"
                 pull "$checkpoint" || true
                 launch "$checkpoint" || sleep "$PULL_EVERY" ;;
             absent)
-                [ "$before" != complete ] || fail 4 "$HOST no longer has $run_id, whose copy here is damaged"
+                [ "$before" != complete ] || quit 4 "$HOST no longer has $run_id, whose copy here is damaged"
                 if [ -n "$before" ]; then
                     leave_old_place || { sleep "$PULL_EVERY"; continue; }
-                    say "$HOST has nothing of $run_id: starting it from the copy here"
+                    tell "$HOST has nothing of $run_id: starting it from the copy here"
                 fi
                 launch "$checkpoint" || sleep "$PULL_EVERY" ;;
-            *) fail 4 "$HOST is busy with $code in $REMOTE_DIR: wait for it, or give its command" ;;
+            *) quit 4 "$HOST is busy with $code in $REMOTE_DIR: wait for it, or give its command" ;;
         esac
         [ -n "$before" ] || before=started
     done
@@ -434,16 +426,16 @@ attend() {  # one run to its end, from wherever it stands
 select_run() { run_id=${run_ids[$1]} knobs=${knob_lists[$1]} folder=$LOG_DIR/${run_ids[$1]}; }
 
 rehearse() {  # what the selected run would do
-    say "would copy train_gpt.py export.py requirements.txt scripts data/*.py to $HOST:$REMOTE_DIR"
-    say "would start there, detached: ${REMOTE_PYTHON:-.venv/bin/python} train_gpt.py, one process a GPU (NPROC=$NPROC)"
-    say "would pull logs/$run_id to $folder every $PULL_EVERY s and at the end, then verify its manifest"
+    tell "would copy train_gpt.py export.py requirements.txt scripts data/*.py to $HOST:$REMOTE_DIR"
+    tell "would start there, detached: ${REMOTE_PYTHON:-.venv/bin/python} train_gpt.py, one process a GPU (NPROC=$NPROC)"
+    tell "would pull logs/$run_id to $folder every $PULL_EVERY s and at the end, then verify its manifest"
     refuse_cost
 }
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-trap 'say "stopped here; a job on the host goes on, and the same command attends it again"; exit 130' INT
-trap 'say "stopped here; a job on the host goes on, and the same command attends it again"; exit 143' TERM HUP
+trap 'tell "stopped here; a job on the host goes on, and the same command attends it again"; exit 130' INT
+trap 'tell "stopped here; a job on the host goes on, and the same command attends it again"; exit 143' TERM HUP
 
 require_pull="" run_ids=() knob_lists=() group=()
 if [ "${1-}" = --require-pull ]; then
@@ -451,7 +443,7 @@ if [ "${1-}" = --require-pull ]; then
     shift
 fi
 [[ $# -ge 2 && $1 != -* && $2 != [A-Z]*=* ]] ||
-    fail 2 "usage: bash scripts/remote_run.sh [--require-pull] HOST RECIPE [KNOB=value...] [RECIPE [KNOB=value...]]..."
+    quit 2 "usage: bash scripts/remote_run.sh [--require-pull] HOST RECIPE [KNOB=value...] [RECIPE [KNOB=value...]]..."
 check_settings
 set_place "$1" "$SSH_OPTS" "$REMOTE_DIR"
 for word in "${@:2}" ""; do         # the empty word closes the last group
@@ -468,6 +460,6 @@ for index in "${!run_ids[@]}"; do
 done
 for index in "${!run_ids[@]}"; do
     select_run "$index"
-    say "$run_id:" "$(tr '\n' ' ' <<< "$knobs")"
+    tell "$run_id:" "$(tr '\n' ' ' <<< "$knobs")"
     if [ "$DRY_RUN" = 1 ]; then rehearse; elif ! already_here; then attend; fi
 done

@@ -64,8 +64,8 @@ while step < steps:
     step += 1
     weights = hashlib.sha256(weights + b"%d" % step).digest()
     log(f"step:{{step}}/{{steps}}")
-    gate = Path(knob("GATE", "/") + "_%d" % step)
-    while knob("GATE") and f"{{step}}" in knob("WAIT_AT", "").split(",") and not gate.exists() and not stopped:
+    gate = Path(knob("DATA_PATH", "/") + "_%d" % step)      # recipes take knobs of the trainer alone: these two are lent
+    while f"{{step}}" in knob("TOKENIZER_PATH", "").split(",") and not gate.exists() and not stopped:
         time.sleep(0.02)
     every = int(knob("CHECKPOINT_EVERY", "0"))
     if stopped or every and step % every == 0:
@@ -210,7 +210,7 @@ class Desk:
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
         self.recipe("short", ITERATIONS=STEPS, CHECKPOINT_EVERY=2)
-        self.recipe("long", ITERATIONS=STEPS, CHECKPOINT_EVERY=2, GATE=self.gate, WAIT_AT=5)
+        self.recipe("long", ITERATIONS=STEPS, CHECKPOINT_EVERY=2, DATA_PATH=self.gate, TOKENIZER_PATH=5)
         self.settings = {
             "SSH_OPTS": host.ssh_opts, "REMOTE_DIR": str(host.remote), "REMOTE_PYTHON": str(self.python), "PULL_EVERY": "1",
             "LOG_DIR": str(self.logs), "VENV": str(folder / "no_venv")}
@@ -561,7 +561,7 @@ def test_a_run_over_the_budget_is_not_started(desk: Desk, knobs: tuple[str, ...]
     ((), {}, "usage: bash scripts/remote_run.sh [--require-pull] HOST RECIPE"),
     (("SEED=1",), {}, "usage: "),
     (("none",), {}, "recipe none: no such file, and none of scripts/recipes/"),
-    (("broken.env",), {}, "broken.env holds a line that is no KNOB=value: SEED 1"),
+    (("broken.env",), {}, "broken.env: wanted KNOB=value, each knob once, no blanks around it, got: SEED 1"),
     (("short.env", "LOG_DIR=x"), {}, "short.env: LOG_DIR is no knob of a remote run"),
     (("short.env", "PULL_EVERY=5"), {}, "PULL_EVERY is no knob of a remote run; settings of remote_run.sh go before"),
     (("short.env", "RUN_ID=a/b"), {}, "RUN_ID must be a name of letters, digits and ._-, got 'a/b'"),
