@@ -261,7 +261,7 @@ def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
             problems += [f"arm {arm}: {fault}" for fault in faults]
             if not problems:
                 machine = rt.device.type, str(rt.dtype), rt.compiled, spec.threads if rt.device.type == "cpu" else 0
-                code = code_of(tuple(sorted(set(cfg.tools().values()))))
+                code = [code_of(tuple(sorted(set(c.tools().values())))) for c in (cfg, replace(cfg, **AFTER_TRAINING))]
                 rest = [data_of(cfg.data_path, cfg.tokenizer_path), machine]
                 planned += [planned_run(arm, knobs, cfg, code, rest, repeat) for repeat in range(spec.repeats)]
     if problems:
@@ -270,23 +270,25 @@ def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
     return [replace(run, folder=folders[run.identity]) for run in planned]
 
 
-def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: str, rest: list[Any], repeat: int) -> Planned:
-    """The run, its two hashes, and its folder: an existing one of this identity, whatever its arm's name, or a new one."""
+def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: Sequence[str], rest: list[Any], repeat: int) -> Planned:
+    """The run, its two hashes (`code` has those of the code for both), and its folder: an existing one of this identity,
+    whatever its arm's name, or a new one.
+    """
     identity, training = (
         hashlib.sha256(json.dumps([{f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in left_out},
-                                   code, rest + [repeat] * (repeat > 0)], sort_keys=True).encode()).hexdigest()[:10]
-        for left_out in (NOT_IDENTITY, NOT_IDENTITY | AFTER_TRAINING))
+                                   own, rest + [repeat] * (repeat > 0)], sort_keys=True).encode()).hexdigest()[:10]
+        for left_out, own in zip((NOT_IDENTITY, NOT_IDENTITY | AFTER_TRAINING.keys()), code, strict=True))
     logs = Path(cfg.log_dir)
     name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", arm)[:80]
     folder = next(iter(sorted(logs.glob(f"*_s{cfg.seed}_{identity}"))), logs / f"{name}_s{cfg.seed}_{identity}")
-    return Planned(arm, cfg.seed, repeat, knobs, cfg, code, identity, training, folder)
+    return Planned(arm, cfg.seed, repeat, knobs, cfg, code[0], identity, training, folder)
 
 
 # Instead of where data and device are, an identity has what they are.
 NOT_IDENTITY = WITHOUT_EFFECT | {"data_path", "tokenizer_path", "device"}
-# Knobs that the weights at the end of a run of fixed steps do not depend on.
-AFTER_TRAINING = frozenset(f.name for f in fields(Config)
-                           if f.metadata["group"] in ("Export", "Evaluation") and f.metadata["free"])
+# Knobs that the weights at the end of a run of fixed steps do not depend on, with their defaults.
+AFTER_TRAINING = {f.name: f.default for f in fields(Config)
+                  if f.metadata["group"] in ("Export", "Evaluation") and f.metadata["free"]}
 
 
 def environment_problems(env: Mapping[str, str]) -> list[str]:

@@ -495,7 +495,7 @@ def test_a_terminal_gets_a_table_that_replaces_itself(place: Path):
 def test_runs_that_share_a_training_get_the_same_bytes_as_if_they_had_trained(place: Path, monkeypatch: pytest.MonkeyPatch,
                                                                               capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sweep, "TRAINER", ROOT / "train_gpt.py")
-    arms = {"eight": {}, "four": {"WEIGHT_QUANTIZATION_BITS": 4, "INT8_KEEP_FLOAT_MAX_NUMEL": 0}}
+    arms = {"eight": {}, "four": {"WEIGHT_QUANTIZATION_BITS": 4, "INT8_KEEP_FLOAT_MAX_NUMEL": 0, "INT8_RESIDUAL_RANK": 1}}
     shared, apart = place / "logs", place / "apart"
     spec = write_spec(place, seeds=[1], share_training=True, arms=arms)
     assert sweep.main([str(spec), "--slots", "1"]) == 0
