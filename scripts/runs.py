@@ -20,6 +20,8 @@ WITHOUT_EFFECT = frozenset((
     "run_id", "log_dir", "resume", "checkpoint_every", "checkpoint_keep", "train_log_every", "save_raw_checkpoint"))
 LOCK = "run.lock"       # held by the process of a run that scripts/sweep.py started, for as long as it lives
 
+MARK_BYTES = 256        # two rows of metrics.jsonl; their train_ms never repeats
+
 
 class RunError(ValueError):
     """A folder that is no run, or one of its files cannot be read; the message names file, found and wanted."""
@@ -153,6 +155,31 @@ def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
         if row["kind"] == kind:
             rows.append(row)
     return rows
+
+
+@dataclass
+class Tail:
+    """The lines that are added to a file, whole ones only. Offset and mark may be kept, to go on in another process."""
+    path: Path
+    offset: int = 0         # bytes read so far
+    mark: bytes = b""       # the last of them; not found there again: the file was cut or rewritten, as by a resumed run
+
+    def read(self, limit_bytes: int = -1) -> tuple[bool, list[bytes]]:
+        """(whether reading started over, the new lines); a file that is not there is empty."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset - len(self.mark))
+                again = file.read(len(self.mark)) != self.mark
+                file.seek(0 if again else self.offset)
+                data = file.read(limit_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            again, data = self.offset > 0, b""
+        if again:
+            self.offset, self.mark = 0, b""
+        whole = data[:data.rfind(b"\n") + 1]
+        if whole:
+            self.offset, self.mark = self.offset + len(whole), whole[-MARK_BYTES:]
+        return again, whole.split(b"\n")[:-1]
 
 
 def lock(folder: Path) -> int | None:

@@ -375,7 +375,7 @@ def prepare(args: argparse.Namespace, env: Mapping[str, str], say: Callable[[str
     knobs = [argument.partition("=") for argument in args.knobs]
     if faulty := [name + value for name, equals, value in knobs if not equals]:
         raise SpecError([f"{faulty[0]} is no KNOB=value"])
-    spec = read_spec(args.spec, {name: value for name, _, value in knobs})
+    spec = read_spec(args.spec, {name: value for name, _, value in knobs}, env)
     planned = plan(spec, env)
     log_folder(planned)
     kinds = {Runtime.from_config(run.cfg, {}).device.type for run in planned}

@@ -49,7 +49,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import export  # noqa: E402  (the repository's root is not on the path before)
 import train_gpt  # noqa: E402
-from packing import without_comments  # noqa: E402
 from recipe import read_recipe, recipe_path  # noqa: E402
 from runs import WITHOUT_EFFECT  # noqa: E402
 from train_gpt import Config  # noqa: E402
@@ -61,7 +60,7 @@ else:
 
 PLACES = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "DEVICE")    # knobs that a sweep takes from the environment
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "TRAIN_SEQ_LEN", "VOCAB_SIZE")
-OWN = ("RUN_ID", "RESUME", "SEED")                              # knobs that a sweep sets
+OWN = ("RUN_ID", "RESUME", "SEED", "EVAL_ARTIFACT")             # knobs that a sweep sets, and one that trains nothing
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, "threads": int, "repeats": int,
          "retries": int, "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict, "stop": dict}
@@ -121,8 +120,10 @@ class Planned:
         return f"{self.arm} seed {self.seed}" + (f" repeat {self.repeat}" if self.repeat else "")
 
 
-def read_spec(path: Path, extra: Mapping[str, str]) -> Spec:
-    """The sweep of a TOML file; `extra` knobs go into every arm, over its own. Raises SpecError."""
+def read_spec(path: Path, extra: Mapping[str, str], env: Mapping[str, str]) -> Spec:
+    """The sweep of a TOML file. An arm's knobs are the recipe's, over it PLACES of `env`, over these [knobs], the arm's own,
+    and `extra`. Raises SpecError.
+    """
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as fault:
@@ -149,7 +150,8 @@ def read_spec(path: Path, extra: Mapping[str, str]) -> Spec:
         problems.append(f"control {raw['control']!r} is no arm; these are: {', '.join(arms)}")
     if problems:
         raise SpecError([f"{path}: {problem}" for problem in problems])
-    common = base | attempt([], lambda: as_knobs(raw.get("knobs", {})), {})
+    places = {name: env[name] for name in PLACES if name in env}
+    common = base | places | as_knobs(raw.get("knobs", {}))
     return Spec(path, raw["name"], raw.get("track", ""), tuple(seeds), raw.get("control"), raw.get("threads", 1),
                 raw.get("repeats", 1), raw.get("retries", 1), raw.get("share_training", False),
                 {arm: common | knobs | dict(extra) for arm, knobs in arms.items()}, stop)
@@ -244,15 +246,14 @@ def read_halving(table: Mapping[str, Any] | None) -> Halving | None:
 
 def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
     """The runs of a sweep, seed by seed, so that a comparison is whole as early as can be. Raises SpecError."""
-    places = {name: env[name] for name in PLACES if name in env}
     problems, planned = environment_problems(env), list[Planned]()
     data_of, code_of = lru_cache(data_digest), lru_cache(code_digest)
     faults_of_data = lru_cache(lambda *place: train_gpt.load_data(Config.parse(dict(place))[0])[1])
     for seed in spec.seeds:
         for arm, knobs in spec.arms.items():
-            knobs = places | knobs | {"SEED": str(seed)}
+            knobs = knobs | {"SEED": str(seed)}
             cfg, faults = Config.parse(knobs)
-            faults += [f"{name} is set by the sweep, leave it out" for name in OWN if name in spec.arms[arm]]
+            faults += [f"{name} is not for a sweep, leave it out" for name in OWN if name in spec.arms[arm]]
             rt = train_gpt.Runtime.from_config(cfg, {})
             if not faults:
                 faults = stop_problems(spec, cfg) + rt.problems(cfg) + cfg.world_problems(1) + train_gpt.export_problems(cfg)
@@ -330,13 +331,15 @@ def code_digest(tools: Iterable[str]) -> str:
         path = next((p for p in (ROOT / f"{name}.py", ROOT / "scripts" / f"{name}.py") if p.is_file()), None)
         if path is None or name in sources:
             continue
-        source = path.read_text(encoding="utf-8")
-        sources[name] = without_comments(source)
-        for node in ast.walk(ast.parse(source)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 waiting.append(node.module)
+            elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        sources[name] = ast.dump(tree)
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -129,7 +129,7 @@ def states(place: Path) -> Counter[str]:
 
 
 def arms_of(place: Path, *extra: str, **keys: Any) -> dict[str, dict[str, str]]:
-    spec = sweep_spec.read_spec(write_spec(place, **keys), dict(e.split("=") for e in extra))
+    spec = sweep_spec.read_spec(write_spec(place, **keys), dict(e.split("=") for e in extra), {})
     base = recipe.read_recipe(place / "tiny.env")
     return {arm: {k: v for k, v in knobs.items() if base.get(k) != v} for arm, knobs in spec.arms.items()}
 
@@ -148,6 +148,12 @@ def test_knobs_win_over_the_recipe_arms_over_both_and_arguments_over_all(place: 
     found = arms_of(place, "QK_GAIN_INIT=3", knobs={"ITERATIONS": 8, "MATRIX_LR": 0.5, "QK_GAIN_INIT": 2.0},
                     arms={"a": {"MATRIX_LR": 0.25}})
     assert found == {"a": {"ITERATIONS": "8", "MATRIX_LR": "0.25", "QK_GAIN_INIT": "3"}}
+
+
+def test_places_of_the_environment_win_over_the_recipe_alone(place: Path):
+    spec = write_spec(place, knobs={"DEVICE": "cpu"}, arms={"a": {}})
+    knobs = sweep_spec.read_spec(spec, {}, {"DATA_PATH": "here", "DEVICE": "cuda", "MLP_MULT": "3"}).arms["a"]
+    assert (knobs["DATA_PATH"], knobs["DEVICE"], "MLP_MULT" in knobs) == ("here", "cpu", False)
 
 
 def test_random_draws_lie_where_they_should_and_depend_on_their_seed_alone(place: Path):
@@ -196,7 +202,7 @@ def test_a_faulty_file_is_refused_by_name(place: Path, keys: dict[str, Any], mes
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"arms": {"a": {"MATRIX_LRR": 1}}}, "arm a: MATRIX_LRR is not a knob of this version, did you mean MATRIX_LR?"),
-    ({"arms": {"a": {"SEED": 1}}}, "arm a: SEED is set by the sweep, leave it out"),
+    ({"arms": {"a": {"SEED": 1}}}, "arm a: SEED is not for a sweep, leave it out"),
     ({"arms": {"a": {"MODEL_DIM": 33}}}, "arm a: MODEL_DIM=33 must be NUM_HEADS=4 times an even head width"),
     ({"arms": {"a": {"ARTIFACT_CAP_BYTES": 1000}}}, "OVER THE CAP"),
     ({"arms": {"a": {"DATA_PATH": "nowhere"}}}, "arm a: no fineweb_train_*.bin"),
@@ -234,7 +240,7 @@ SPECS = sorted((ROOT / "scripts" / "specs").glob("*.toml"))
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_every_knob_of_a_shipped_sweep_exists_or_is_known_to_come(path: Path):
-    spec = sweep_spec.read_spec(path, {})
+    spec = sweep_spec.read_spec(path, {}, {})
     assert spec.name == path.stem
     assert spec.control in spec.arms
     problems = {problem for knobs in spec.arms.values() for problem in train_gpt.Config.parse(knobs)[1]}
@@ -253,7 +259,7 @@ def test_the_users_sweeps_are_shipped():
 
 
 def identities(place: Path, **keys: Any) -> dict[tuple[str, int], str]:
-    planned = sweep_spec.plan(sweep_spec.read_spec(write_spec(place, **keys), {}), {})
+    planned = sweep_spec.plan(sweep_spec.read_spec(write_spec(place, **keys), {}, {}), {})
     return {(run.arm, run.seed): run.identity for run in planned}
 
 
@@ -457,7 +463,7 @@ def test_hopeless_runs_are_halted_at_a_rung_but_never_the_control(place: Path):
 
 def test_the_table_lists_counts_runs_under_way_and_arms_by_their_mean(place: Path):
     act(place, a={"bpb": {"1": 3.0}}, b={"bpb": {"1": 2.5}}, c={"exits": [1, 1]})
-    spec = sweep_spec.read_spec(write_spec(place, **LRS), {})
+    spec = sweep_spec.read_spec(write_spec(place, **LRS), {}, {})
     job = sweep.Sweep(spec, sweep_spec.plan(spec, {}), ["x"], False, lambda line: None)
     while job.step():
         time.sleep(0.02)
@@ -472,7 +478,7 @@ def test_a_terminal_gets_a_table_that_replaces_itself(place: Path):
     spec, (ours, theirs) = write_spec(place, **(LRS | {"seeds": [1]})), pty.openpty()
     with os.fdopen(theirs, "w") as out:
         screen = sweep.Screen(out)
-        plan = sweep_spec.read_spec(spec, {})
+        plan = sweep_spec.read_spec(spec, {}, {})
         job = sweep.Sweep(plan, sweep_spec.plan(plan, {}), ["x", "y", "z"], False, screen.say)
         assert sweep.carry_out(job, screen) == 0
     text = os.read(ours, 1 << 16).decode()
