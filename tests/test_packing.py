@@ -254,7 +254,7 @@ def exact_line(log_dir: str | Path) -> str:
 
 SCHEMES: dict[str, Mapping[str, str]] = {
     "int8": {"SAVE_RAW_CHECKPOINT": "1"},
-    "rd": {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256", "SAVE_RAW_CHECKPOINT": "1"},
+    "rd": {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256", "TCQ_STATES": "4", "EXPORT_BITS": "3"},
     "tools": {"INT8_RESIDUAL_RANK": "1", "EXPORT_PERMUTE": "mlp", "ARTIFACT_EVERY": "2"},
 }
 
@@ -263,7 +263,7 @@ SCHEMES: dict[str, Mapping[str, str]] = {
 def test_a_packed_run_gives_the_weights_the_artifact_and_the_score_of_a_plain_one(
         scheme: str, tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    env = tiny_knobs(tiny_data, tmp_path) | {"ITERATIONS": "2"} | dict(SCHEMES[scheme])
+    env = tiny_knobs(tiny_data, tmp_path) | {"ITERATIONS": "2", "NUM_LAYERS": "2", "MODEL_DIM": "16"} | dict(SCHEMES[scheme])
     cfg, problems = train_gpt.Config.parse(env)
     assert problems == []
     size = packed_trainer(tmp_path / "packed", **{name.lower(): getattr(cfg, name.lower()) for name in SCHEMES[scheme]})
@@ -283,8 +283,8 @@ def test_a_packed_run_gives_the_weights_the_artifact_and_the_score_of_a_plain_on
         assert json.loads(Path(logs, "tiny", "summary.json").read_text())["code_bytes"] == size
 
 
-def test_two_packed_ranks_train_as_one_and_score_a_file_without_training_data(
-        plain: Path, tmp_path: Path, tiny_data: TinyData) -> None:
+def test_two_packed_ranks_train_as_one_and_a_file_is_scored_without_training_data(
+        plain: Path, tmp_path: Path, tiny_data: TinyData, capsys: pytest.CaptureFixture[str]) -> None:
     env = tiny_knobs(tiny_data, tmp_path) | {"ITERATIONS": "2"}
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py")
     run = run_alone(plain, *command, **env)
@@ -294,10 +294,9 @@ def test_two_packed_ranks_train_as_one_and_score_a_file_without_training_data(
     only_val.mkdir()
     for name in ("fineweb_val_000000.bin", "manifest.json"):
         (only_val / name).write_bytes((tiny_data.folder / name).read_bytes())
-    score = run_alone(plain, "train_gpt.py", **env | {
-        "EVAL_ARTIFACT": str(artifact), "DATA_PATH": str(only_val), "RUN_ID": "score"})
-    assert score.returncode == 0, score.stdout + score.stderr
-    assert float(score.stdout.rsplit("val_bpb:", 1)[1]) == pytest.approx(two, abs=2e-8)
+    score = env | {"EVAL_ARTIFACT": str(artifact), "DATA_PATH": str(only_val), "RUN_ID": "score"}
+    assert train_gpt.main(score) == 0
+    assert float(capsys.readouterr().out.rsplit("val_bpb:", 1)[1]) == pytest.approx(two, abs=2e-8)
     assert train_gpt.main(env | {"RUN_ID": "one"}) == 0
     summary = json.loads(Path(env["LOG_DIR"], "one", "summary.json").read_text())
     assert np.isclose(summary["roundtrip"]["val_bpb"], two, rtol=1e-4)

