@@ -7,6 +7,7 @@ trainer itself must keep (a shared training gives the same bytes) is tested with
 """
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -459,6 +460,24 @@ def test_hopeless_runs_are_halted_at_a_rung_but_never_the_control(place: Path):
     assert events(place, "stopped") == ["d"]
     assert sweep.main([str(spec)]) == 0
     assert len(events(place)) == 4                              # halted stays halted
+
+
+def test_each_gpu_takes_one_run(place: Path, monkeypatch: pytest.MonkeyPatch):
+    def slots(kind: str, gpus: str = "", slots: int = 0) -> tuple[list[str], bool]:
+        return sweep.slots_for(argparse.Namespace(gpus=gpus, slots=slots), spec, {kind})
+
+    spec = sweep_spec.read_spec(write_spec(place, **LRS), {}, {})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
+    assert slots("cuda") == (["4", "6", "7"], True)
+    assert slots("cuda", gpus="6") == (["6"], True)
+    with pytest.raises(sweep_spec.SpecError, match="this machine has no GPU 5; it has 4, 6, 7"):
+        slots("cuda", gpus="5,6")
+    with pytest.raises(sweep_spec.SpecError, match="--slots is for CPU"):
+        slots("cuda", slots=2)
+    with pytest.raises(sweep_spec.SpecError, match="--gpus: the runs compute on cpu"):
+        slots("cpu", gpus="0")
+    job = sweep.Sweep(spec, sweep_spec.plan(spec, {}), ["6"], True, lambda line: None)
+    assert job.environment(job.planned[0], "6")["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_the_table_lists_counts_runs_under_way_and_arms_by_their_mean(place: Path):
