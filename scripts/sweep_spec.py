@@ -170,7 +170,8 @@ def base_knobs(spec: Path, base: str | None) -> dict[str, str]:
     if not base:
         return {}
     beside = spec.parent / base
-    return read_recipe(beside if beside.is_file() else recipe_path(base))
+    knobs = read_recipe(beside if beside.is_file() else recipe_path(base))
+    return {name: value for name, value in knobs.items() if name not in OWN}     # a recipe's seed is for single runs
 
 
 def as_knobs(table: Mapping[str, Any]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def place(tmp_path: Path, tiny_data: TinyData, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sweep, "POLL_S", 0.02)
     monkeypatch.setattr(sweep_spec, "code_digest", CODE_DIGEST)
     knobs = {name: value for name, value in tiny_knobs(tiny_data, tmp_path).items() if name not in ("RUN_ID",)}
-    (tmp_path / "tiny.env").write_text("".join(f"{name}={value}\n" for name, value in knobs.items()))
+    (tmp_path / "tiny.env").write_text("SEED=7\n" + "".join(f"{name}={value}\n" for name, value in knobs.items()))
     return tmp_path
 
 
@@ -131,7 +131,8 @@ def states(place: Path) -> Counter[str]:
 
 def arms_of(place: Path, *extra: str, **keys: Any) -> dict[str, dict[str, str]]:
     spec = sweep_spec.read_spec(write_spec(place, **keys), dict(e.split("=") for e in extra), {})
-    base = recipe.read_recipe(place / "tiny.env")
+    base = recipe.read_recipe(place / "tiny.env")       # whose seed no arm takes over
+    assert all("SEED" not in knobs for knobs in spec.arms.values())
     return {arm: {k: v for k, v in knobs.items() if base.get(k) != v} for arm, knobs in spec.arms.items()}
 
 
