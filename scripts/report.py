@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,4 +111,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it without a word
     sys.exit(main(sys.argv[1:]))
