@@ -56,7 +56,7 @@ from train_gpt import Config  # noqa: E402
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 PLACES = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "DEVICE")    # knobs that a sweep takes from the environment
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "TRAIN_SEQ_LEN", "VOCAB_SIZE")
