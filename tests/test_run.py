@@ -157,7 +157,7 @@ def test_on_real_fineweb_the_loss_curve_is_the_baselines(env, tmp_path, corpus_d
     env |= {
         "DATA_PATH": str(tmp_path), "TOKENIZER_PATH": str(corpus_dir / "tokenizers" / "fineweb_1024_bpe.model"),
         "VOCAB_SIZE": "1024", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "256", "MODEL_DIM": "128",
-        "WARMDOWN_ITERS": "0", "VAL_BATCH_SIZE": "524288",
+        "WARMDOWN_ITERS": "0", "VAL_BATCH_SIZE": "524288", "FINAL_ROUNDTRIP_EVAL": "0",
     }
     assert train_gpt.main(env) == 0
     assert [loss for _, loss in losses(env)][:20] == pytest.approx(BASELINE_FINEWEB, abs=5e-3)
@@ -300,7 +300,7 @@ def assert_same_run(env: dict[str, str], whole: dict[str, str]) -> None:
         assert [row[key] for row in metrics(env, "val")] == [row[key] for row in metrics(whole, "val")]
 
 
-@pytest.mark.parametrize("step", [2, 5, 8, 11, 14])
+@pytest.mark.parametrize("step", [2, 8, 14])
 def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(uninterrupted, tmp_path, step):
     env = uninterrupted | {"LOG_DIR": str(tmp_path), "RUN_ID": "cut"}
     process = start(env)
