@@ -56,12 +56,8 @@ MACHINE = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 DEVICE = re.compile(r"device:(\w+)\S* \((.*)\) world_size:(\d+) dtype:\w+ compile:\w+")     # as Runtime.describe says it
 
 
-class Refused(ValueError):
-    """There can be no such folder; `problems` holds one line for each reason."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+class Refused(train_gpt.ConfigError):
+    """There can be no such folder."""
 
 
 @dataclass(frozen=True)

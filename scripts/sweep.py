@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import runs  # noqa: E402  (the repository's root is not on the path before)
 from export_verbs import OneLineParser  # noqa: E402
-from sweep_spec import Planned, Spec, SpecError, log_folder, plan, read_spec, write_object  # noqa: E402
+from sweep_spec import Planned, Spec, SpecError, check_log_folder, plan, read_spec, write_object  # noqa: E402
 from train_gpt import Config, Runtime, caught_signals  # noqa: E402
 
 TRAINER = ROOT / "train_gpt.py"
@@ -377,7 +377,7 @@ def prepare(args: argparse.Namespace, env: Mapping[str, str], say: Callable[[str
         raise SpecError([f"{faulty[0]} is no KNOB=value"])
     spec = read_spec(args.spec, {name: value for name, _, value in knobs}, env)
     planned = plan(spec, env)
-    log_folder(planned)
+    check_log_folder(planned)
     kinds = {Runtime.from_config(run.cfg, {}).device.type for run in planned}
     slots, on_gpu = slots_for(args, spec, kinds)
     sweep = Sweep(spec, planned, slots, on_gpu, say)

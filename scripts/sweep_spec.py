@@ -51,7 +51,7 @@ import export  # noqa: E402  (the repository's root is not on the path before)
 import train_gpt  # noqa: E402
 from recipe import read_recipe, recipe_path  # noqa: E402
 from runs import WITHOUT_EFFECT  # noqa: E402
-from train_gpt import Config  # noqa: E402
+from train_gpt import Config, ConfigError  # noqa: E402
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -66,12 +66,8 @@ KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, 
          "retries": int, "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict, "stop": dict}
 
 
-class SpecError(ValueError):
-    """The sweep cannot run as asked; `problems` holds one line for each fault found."""
-
-    def __init__(self, problems: Sequence[str]):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+class SpecError(ConfigError):
+    """The sweep cannot run as asked."""
 
 
 @dataclass(frozen=True)
@@ -350,11 +346,10 @@ def write_object(path: Path, value: Mapping[str, Any]) -> None:
     export.write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def log_folder(planned: Sequence[Planned]) -> Path:
-    """The one folder of all runs. Raises SpecError."""
+def check_log_folder(planned: Sequence[Planned]) -> None:
+    """All runs go to one folder that can be written to. Raises SpecError."""
     folders = sorted({run.cfg.log_dir for run in planned})
     if len(folders) > 1:
         raise SpecError([f"all arms must have one LOG_DIR, got {', '.join(folders)}"])
     if not os.access(next(p for p in (Path(folders[0]), *Path(folders[0]).absolute().parents) if p.exists()), os.W_OK):
         raise SpecError([f"LOG_DIR={folders[0]} cannot be written to"])
-    return Path(folders[0])

@@ -208,6 +208,7 @@ def test_a_faulty_file_is_refused_by_name(place: Path, keys: dict[str, Any], mes
     ({"arms": {"a": {"MODEL_DIM": 33}}}, "arm a: MODEL_DIM=33 must be NUM_HEADS=4 times an even head width"),
     ({"arms": {"a": {"ARTIFACT_CAP_BYTES": 1000}}}, "OVER THE CAP"),
     ({"arms": {"a": {"DATA_PATH": "nowhere"}}}, "arm a: no fineweb_train_*.bin"),
+    ({"arms": {"a": {"LOG_DIR": "elsewhere"}}}, "all arms must have one LOG_DIR, got "),
     ({"stop": {"rungs": [2]}}, "[stop] rungs [2] must be multiples of VAL_LOSS_EVERY=0 below ITERATIONS=4"),
     ({"share_training": True, "knobs": {"MAX_WALLCLOCK_SECONDS": 5}}, "share_training needs fixed steps"),
     ({"share_training": True, "knobs": {"CHECKPOINT_EVERY": 3}}, "CHECKPOINT_EVERY=3 must divide ITERATIONS=4"),
