@@ -713,10 +713,10 @@ def test_50_000_mutations_are_rejected_or_harmless() -> None:
 
 
 @pytest.mark.parametrize("where", ["file", "header"])
-def test_25_000_mutations_under_a_right_checksum_never_escape_the_parser(where: str) -> None:
+def test_10_000_mutations_under_a_right_checksum_never_escape_the_parser(where: str) -> None:
     files, rng = [make() for make in TINY_FILES.values()], random.Random(2)
     headers, survivors = [export.unframe(data) for data in files], [0, 0]
-    for i in range(25_000):
+    for i in range(10_000):
         data, (header, start) = files[i % 2], headers[i % 2]
         damaged = sealed(mutated(rng, data)) if where == "file" else packed_file(mutated(rng, header), data[start:-8])
         artifact = accepted(damaged)
