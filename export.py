@@ -300,6 +300,7 @@ class ExportOptions:
             (self.export_rotate, "EXPORT_ROTATE=1", "symmetries"),
             (self.export_allocate != "uniform", f"EXPORT_ALLOCATE={self.export_allocate}", "int8_plan"),
             (self.cap_policy == "fit" and self.export_scheme != "rd", "CAP_POLICY=fit", "int8_plan"),
+            (self.export_scheme == "rd", "EXPORT_SCHEME=rd", "calibration"),
         ) if wanted}
 
     @property
