@@ -78,7 +78,7 @@ def scale_clusters(sample: Sample) -> Tensor:
     """
     scales = log_scales(sample)
     marks = (torch.arange(CLUSTERS, device=scales.device) + 0.5) / CLUSTERS
-    levels = scales.detach().float().quantile(marks).to(scales.dtype)
+    levels = scales.detach().quantile(marks.to(scales.dtype))
     return (scales[:, None] - levels).square().amin(1).mean()
 
 
