@@ -59,18 +59,16 @@ def fit_shape(x: Tensor) -> float:
 
 
 def backslash_bits(x: Tensor, nu: float, eps: float) -> Tensor:
-    """Mean of -log2 p(|x| + eps) under p(t) = exp(-(|t| / alpha)^nu) / (2 alpha Gamma(1 + 1/nu)), alpha the likeliest for
-    these values. BackSlash's update is lambda nu (|x| + eps)^(nu - 1) sign(x) (arXiv 2504.16968); so is this gradient, the
-    constant being what makes it bits. It passes by alpha, where the value is least and has no slope.
+    """Mean of -log2 p(|x| + eps) under p(t) = exp(-(|t| / alpha)^nu) / (2 alpha Gamma(1 + 1/nu)) with the likeliest alpha,
+    alpha^nu = nu mean (|x| + eps)^nu. There the value has no slope in alpha, so the gradient is that of (|x| + eps)^nu
+    alone, BackSlash's update lambda nu (|x| + eps)^(nu - 1) sign(x) (arXiv 2504.16968) times what makes it bits.
 
     At eps = 0 and many bits it is the entropy of round(x); it knows no rounding and falls below zero for x far below 1.
     """
     sizes = (wide(x).abs() + eps).clamp_min(TINY)       # at 0 without eps, nu < 1 has no gradient
     unit = sizes.detach().mean()                        # for powers that neither overflow nor vanish
-    power = (sizes / unit).pow(nu).mean()
-    scale = nu * power.detach()                         # (alpha / unit)^nu
-    constant = 1 + math.lgamma(1 + 1 / nu) / math.log(2)
-    return power / (scale * math.log(2)) + scale.log2() / nu + unit.log2() + constant
+    log2_alpha = unit.log2() + (nu * (sizes / unit).pow(nu).mean()).log2() / nu
+    return log2_alpha + 1 + (1 / nu + math.lgamma(1 + 1 / nu)) / math.log(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

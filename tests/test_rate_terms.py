@@ -3,7 +3,7 @@
 Guarantees: every value is the one that scipy, numpy, the coder itself or the exporter's quantiser gives; every gradient is
 that of finite differences, through weights, activations and fitted parameters; scaling what must not matter changes nothing;
 zeros and bfloat16 give finite numbers; neither the generator, the model nor its compiled form is touched; a resumed state
-goes on as if nothing had been. Run: bash scripts/test.sh tests/test_rate_terms.py (12 s on one core).
+goes on as if nothing had been. Run: bash scripts/test.sh tests/test_rate_terms.py (20 s on one core).
 """
 from __future__ import annotations
 
