@@ -168,7 +168,7 @@ def soft_histogram(y: np.ndarray) -> np.ndarray:
 def test_soft_entropy_is_that_of_the_triangular_histogram(spread: float) -> None:
     x, u = spread * normal(30, 40), noise(30, 40)
     wanted = stats.entropy(soft_histogram((x + u).numpy()), base=2)
-    assert float(soft_entropy_bits(x, u)) == pytest.approx(wanted, abs=1e-7)
+    assert float(soft_entropy_bits(x, u)) == pytest.approx(wanted, abs=1e-9)
     assert float(soft_entropy_bits(x.float(), u.float())) == pytest.approx(wanted, abs=1e-4)
 
 
@@ -446,7 +446,7 @@ def test_the_running_value_has_the_batchs_gradient() -> None:
     value = waterfill.bits(b, [name])
     first, second = (rate_terms.second_moment(Waterfill(model, CPU, 0).inputs(ids)[name]) for ids in (a, b))
     running = (decay * first + second).detach() / (decay + 1)
-    assert float(value) == pytest.approx(plain_waterfill(w.detach(), running), abs=1e-9)
+    assert float(value.detach()) == pytest.approx(plain_waterfill(w.detach(), running), abs=1e-9)
     damped = rate_terms.damped(running).requires_grad_()
     slope = torch.autograd.grad(rate_terms.waterfill_bits(w, damped, rate_terms.mean_log2_cholesky(damped)), damped)[0]
     slope = slope + 0.01 * slope.trace() / len(slope) * torch.eye(len(slope), dtype=torch.float64)
@@ -467,12 +467,12 @@ def test_zero_matrices_and_dead_inputs_leave_value_and_gradients_finite(zeroed: 
 
 
 def test_bfloat16_gives_nearly_the_same_value_and_gradients_of_the_weights_own_types() -> None:
-    exact = float(Waterfill(noisy_model(), CPU, 0.0).bits(ids_of()))
+    exact = float(Waterfill(noisy_model(), CPU, 0.0).bits(ids_of()).detach())
     model = noisy_model()
     model.tok_emb.to(torch.bfloat16)
     value = Waterfill(model, CPU_BF16, 0.0).bits(ids_of())
     assert value.dtype == torch.float32
-    assert float(value) == pytest.approx(exact, abs=0.02)
+    assert float(value.detach()) == pytest.approx(exact, abs=0.02)
     for g in torch.autograd.grad(value, [model.tok_emb.weight, model.blocks[0].mlp.fc.weight]):
         assert bool(g.isfinite().all())
     w, u = model.tok_emb.weight.detach(), torch.zeros(model.tok_emb.weight.shape)
