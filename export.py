@@ -300,6 +300,7 @@ class ExportOptions:
             (self.export_rotate, "EXPORT_ROTATE=1", "symmetries"),
             (self.export_allocate != "uniform", f"EXPORT_ALLOCATE={self.export_allocate}", "int8_plan"),
             (self.cap_policy == "fit" and self.export_scheme != "rd", "CAP_POLICY=fit", "int8_plan"),
+            (self.export_scheme == "rd", "EXPORT_SCHEME=rd", "calibration"),
         ) if wanted}
 
     @property
@@ -472,12 +473,22 @@ def stream_counts(plan: Sequence[PlanRow]) -> dict[str, int]:
 def quantize(w: Tensor, q_max: float, axis: str, options: ExportOptions) -> tuple[Tensor, Tensor]:
     """Round w to int8 codes in [-q_max, q_max]; the fp16 scales, one per row or per column, are those of the file."""
     rows = as_rows(w.float(), axis)                             # (slices that own a scale, their weights)
+    clip, scale = clip_and_scale(rows, q_max, options)
+    codes = rounded(rows, clip, scale, q_max).to(torch.int8)
+    return as_rows(codes, axis).contiguous().view(w.shape), scale
+
+
+def clip_and_scale(rows: Tensor, q_max: float, options: ExportOptions) -> tuple[Tensor, Tensor]:
+    """What each row is clipped to, fp32, and its step, fp16."""
     clip = clip_magnitude(rows, options.int8_clip_sigmas)
-    scale = stored_scale(clip, q_max, options.int8_scale_floor)
+    return clip, stored_scale(clip, q_max, options.int8_scale_floor)
+
+
+def rounded(rows: Tensor, clip: Tensor, scale: Tensor, q_max: float) -> Tensor:
+    """The integers of some columns of rows, as floats."""
     clipped = torch.maximum(torch.minimum(rows, clip[:, None]), -clip[:, None])
     limit = math.floor(q_max + 0.5)
-    codes = (clipped / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
-    return as_rows(codes, axis).contiguous().view(w.shape), scale
+    return (clipped / scale.float()[:, None]).round().clamp(-limit, limit)
 
 
 def quantize_weighted(w: Tensor, q_max: float, axis: str, costs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

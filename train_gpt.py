@@ -54,7 +54,6 @@ from export import (
     ExportRefused,
     SizeReport,
     Statistics,
-    Term,
     decode_artifact,
     encode_artifact,
     knob,
@@ -70,6 +69,9 @@ from export import (
 # Config: every knob of a run, its unit, the meaning of zero, and the faults a value can have.
 # ----------------------------------------------------------------------------------------------------------------------
 
+TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_scale_reg_weight",
+         "compression_rank1_reg_weight", "ternary_reg_weight", "outlier_reg_weight", "rate_reg_weight",
+         "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
@@ -194,6 +196,36 @@ class Config(ExportOptions, ModelShape):
     tied_embed_init_std: float = knob(0.005, "Optimiser", "standard deviation of the initial tied embedding")
     qk_gain_init: float = knob(1.5, "Optimiser", "initial gain of each query head after QK normalisation", low=-math.inf)
 
+    compression_reg_weight: float = knob(0.0, "Objective", "loss per squared error of the export, in row variances; 0 = off")
+    compression_grid_reg_weight: float = knob(0.0, "Objective", "loss per sin^2 of the distance to the export's grid")
+    compression_scale_reg_weight: float = knob(0.0, "Objective", "loss per squared octave between stored scales")
+    compression_scale_reg_model: str = knob(
+        "smooth", "Objective", "between neighbours, or to the nearest of 8 levels", choices=("smooth", "cluster"))
+    compression_rank1_reg_weight: float = knob(0.0, "Objective", "loss per squared error that no rank-1 correction repairs")
+    ternary_reg_weight: float = knob(0.0, "Objective", "loss per squared distance to the best ternary code of each row")
+    ternary_reg_group: int = knob(0, "Objective", "weights of a row that share a ternary code; 0 = all")
+    outlier_reg_weight: float = knob(0.0, "Objective", "loss per squared excess of weights over the spread of their row")
+    outlier_reg_sigmas: float = knob(4.0, "Objective", "spreads of a row from which on weights are in excess")
+    outlier_reg_tensors: str = knob("*", "Objective", "tensors that this is aimed at, a pattern as of file names")
+    compression_reg_interval: int = knob(8, "Objective", "steps between evaluations of all terms, rate included", low=1)
+    compression_reg_warmup_steps: int = knob(0, "Objective", "steps over which all terms grow to their weights")
+    compression_reg_sample_tensors: int = knob(8, "Objective", "matrices an evaluation looks at; 0 = all")
+    compression_reg_max_cols: int = knob(512, "Objective", "columns of each that it looks at; 0 = all")
+    rate_reg_weight: float = knob(0.0, "Objective", "loss per bit a weight of the artifact; 0 = off")
+    rate_reg_model: str = knob(
+        "entropy", "Objective", "what a bit is: of a fitted generalised Gaussian, of noisy histograms, of the coder's own"
+        " tables, or of water-filling over the inputs' covariance", choices=("backslash", "entropy", "coder", "waterfill"))
+    rate_reg_nu: float = knob(0.0, "Objective", "backslash: shape of the generalised Gaussian, 0.1 to 3; 0 = fitted")
+    rate_reg_eps: float = knob(0.5, "Objective", "backslash: export steps added to |w|")
+    rate_target_bits: float = knob(
+        0.0, "Objective", "bits a weight of the codes that RATE_REG_WEIGHT is adapted to reach; 0 = a fixed weight")
+    noise_qat_step_sigmas: float = knob(
+        0.0, "Objective", "train through uniform noise of this step, in spreads of a row, laid out as the export's; 0 = off")
+    noise_qat_start_frac: float = knob(0.7, "Objective", "share of the training after which the noise sets in")
+    finish_steps: int = knob(0, "Objective", "last steps, trained through the export's rounding; 0 = none")
+    export_grid_every: int = knob(
+        1000, "Objective", "steps between looks at the export: rd's steps, price lists, the shape of the weights", low=1)
+
     calibration_tokens: int = knob(
         0, "Export", "training tokens, inside the training time, from which the export learns what errors cost; 0 = none",
         free=True)
@@ -221,6 +253,11 @@ class Config(ExportOptions, ModelShape):
         return cfg, problems + cfg.problems()
 
     @property
+    def has_objective(self) -> bool:
+        """Something beside the cross-entropy acts on the weights."""
+        return any(getattr(self, name) for name in TERMS)
+
+    @property
     def shape(self) -> ModelShape:
         return ModelShape(**{f.name: getattr(self, f.name) for f in fields(ModelShape)})
 
@@ -244,8 +281,10 @@ class Config(ExportOptions, ModelShape):
 
     def tools(self) -> dict[str, str]:
         return super().tools() | {asked: name for wanted, asked, name in (
+            (self.calibration_tokens > 0, f"CALIBRATION_TOKENS={self.calibration_tokens}", "calibration"),
             (self.export_tune_steps > 0, f"EXPORT_TUNE_STEPS={self.export_tune_steps}", "tuning"),
             (self.sensitivity_map, f"SENSITIVITY_MAP={self.sensitivity_map}", "sensitivity_map"),
+            *((getattr(self, name), f"{name.upper()}={getattr(self, name):g}", "objective") for name in TERMS),
             (self.artifact_every > 0, f"ARTIFACT_EVERY={self.artifact_every}", "size_gauge"),
         ) if wanted}
 
@@ -266,6 +305,7 @@ class Config(ExportOptions, ModelShape):
             (rd and self.artifact_every > 0, "ARTIFACT_EVERY measures EXPORT_SCHEME=int8_zlib alone; unset one of them"),
             (self.export_tune_steps > 0 and not rd, "EXPORT_TUNE_STEPS needs EXPORT_SCHEME=rd"),
         ) if wrong]
+        found += self.objective_problems()
         if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
@@ -274,6 +314,21 @@ class Config(ExportOptions, ModelShape):
             found.append(f"SEED must be below 2^63, got {self.seed}")
         sizes = self.train_batch_tokens, self.train_seq_len, self.val_batch_size
         return found + (self.batch_problems() if min(sizes) >= 1 and self.micro_batch_tokens >= 0 else [])
+
+    def objective_problems(self) -> list[str]:
+        plain = self.export_scheme == "rd" or (not self.solves and self.int8_axis_mode != "auto")
+        return [text for wrong, text in (
+            (self.has_objective and not plain, "training can see EXPORT_SCHEME=rd, or int8 steps that no solver chooses:"
+             " with a knob of group Objective EXPORT_ALLOCATE must be uniform, CAP_POLICY not fit, INT8_AXIS_MODE not auto"),
+            (self.rate_target_bits > 0 and not self.rate_reg_weight, "RATE_TARGET_BITS needs RATE_REG_WEIGHT to start from"),
+            (self.rate_target_bits > 0 and self.export_scheme == "rd",
+             "RATE_TARGET_BITS is for int8 grids; EXPORT_SCHEME=rd ends at EXPORT_BITS or the cap by itself"),
+            (not (self.rate_reg_nu == 0 or 0.1 <= self.rate_reg_nu <= 3),
+             f"RATE_REG_NU must be 0 or in 0.1..3, got {self.rate_reg_nu:g}"),
+            (self.noise_qat_start_frac >= 1, f"NOISE_QAT_START_FRAC must be below 1, got {self.noise_qat_start_frac:g}"),
+            (self.finish_steps > self.iterations,
+             f"FINISH_STEPS must be at most ITERATIONS={self.iterations}, got {self.finish_steps}"),
+        ) if wrong]
 
     def batch_problems(self) -> list[str]:
         span = SPANS_PER_STEP * self.train_seq_len
@@ -1103,10 +1158,26 @@ def lr_scale(cfg: Config, step: int, elapsed_ms: float) -> float:
     return min(1.0, remaining_ms / max(warmdown_ms, 1e-9))
 
 
+def steps_left(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Steps to come, at the pace so far when a wallclock cap is set."""
+    left_ms = 1000 * cfg.max_wallclock_seconds - elapsed_ms
+    by_clock = left_ms * step / elapsed_ms if cfg.max_wallclock_seconds and step and elapsed_ms else math.inf
+    return max(0.0, min(cfg.iterations - step, by_clock))
+
+
 def muon_momentum(cfg: Config, step: int) -> float:
     """Linear from its start to MUON_MOMENTUM over the warm-up steps."""
     done = min(step / cfg.muon_momentum_warmup_steps, 1.0) if cfg.muon_momentum_warmup_steps else 1.0
     return (1 - done) * cfg.muon_momentum_warmup_start + done * cfg.muon_momentum
+
+
+def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
+    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is (for
+    steps of EXPORT_TUNE_STEPS 1.5 times); at most a quarter of the cap, because the first step's pace is not the run's.
+    """
+    steps = 2 * cfg.calibration_tokens / cfg.train_batch_tokens + 1.5 * cfg.export_tune_steps
+    needed_ms = 1000 + steps * elapsed_ms / max(step, 1)
+    return min(needed_ms, 250 * cfg.max_wallclock_seconds) if cfg.calibration_tokens else 0.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1195,12 +1266,15 @@ def checkpoint_to_resume(cfg: Config) -> Path | None:
 
 
 def resume_problems(cfg: Config) -> list[str]:
-    """Why the checkpoint that RESUME names cannot continue under this configuration."""
+    """Why the checkpoint that RESUME names cannot continue under this configuration. From another run's one may branch off:
+    with other terms of the objective, or another export for them to see.
+    """
     if cfg.resume == "auto" and not cfg.run_id:
         return ["RESUME=auto needs RUN_ID to know which run to resume"]
     path = checkpoint_to_resume(cfg)
     if path is None:
         return []
+    branches = path.resolve().parent.parent != (Path(cfg.log_dir) / cfg.run_id).resolve()
     try:
         then = read_checkpoint_metadata(path)["config"]
     except CheckpointError as error:
@@ -1208,7 +1282,9 @@ def resume_problems(cfg: Config) -> list[str]:
     return [
         f"RESUME: {path} was trained with {f.name.upper()}={then.get(f.name)}, now it is {getattr(cfg, f.name)};"
         " set it back or start a new run"
-        for f in fields(cfg) if not f.metadata["free"] and f.name in then and then[f.name] != getattr(cfg, f.name)]
+        for f in fields(cfg) if f.name in then and then[f.name] != getattr(cfg, f.name)
+        and not (branches and f.metadata["group"] in ("Objective", "Export"))
+        and (not f.metadata["free"] or (cfg.has_objective and f.metadata["group"] == "Export"))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1271,7 +1347,9 @@ class Job:
     loader: Loader
     clock: Clock
     gauge: Any                        # measures the artifact under way: ARTIFACT_EVERY; None = nobody does
+    objective: Any = None             # what the loss has beside the cross-entropy; None = nothing
     step: int = 0
+    steps_left: float = math.inf      # to come, estimated when the clock ends the run
     last_checkpoint: str = "none was written"
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -1281,9 +1359,11 @@ class Job:
         model = build_model(cfg.shape, rt, cfg.train_seq_len, qk_gain_init=cfg.qk_gain_init,
                             tied_embed_init_std=cfg.tied_embed_init_std)
         compiled = rt.compile(model)
-        return cls(cfg, rt, folder, data, byte_table(data.tokenizer, rt.device), model, compiled, rt.wrap(compiled),
-                   build_optimizers(model, cfg, rt), Loader(data.train, cfg, rt), Clock(rt),
-                   tool("size_gauge").SizeGauge() if cfg.artifact_every else None)
+        job = cls(cfg, rt, folder, data, byte_table(data.tokenizer, rt.device), model, compiled, rt.wrap(compiled),
+                  build_optimizers(model, cfg, rt), Loader(data.train, cfg, rt), Clock(rt),
+                  tool("size_gauge").SizeGauge() if cfg.artifact_every else None)
+        job.objective = tool("objective").Objective(job) if cfg.has_objective else None
+        return job
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -1303,6 +1383,7 @@ class Job:
         path = self.folder.checkpoints / f"step_{self.step:08d}.safetensors"
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         tensors |= optimizer_tensors(self.model, self.optimizers) | random_state(self.rt)
+        tensors |= self.objective.state() if self.objective is not None else {}
         if self.rt.master:
             training = {"format": CHECKPOINT_FORMAT, "config": asdict(self.cfg), "step": self.step,
                         "loader_step": self.loader.step, "train_ms": self.clock.elapsed_ms(),
@@ -1330,6 +1411,8 @@ class Job:
             {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
         restore_optimizers(tensors, self.model, self.optimizers)
         restore_random_state(tensors, self.rt)
+        if self.objective is not None:
+            self.objective.load(tensors)
         self.step, self.clock.total_ms = training["step"], training["train_ms"]
         self.loader.seek(training["loader_step"])
         self.last_checkpoint = str(path)
@@ -1339,6 +1422,8 @@ class Job:
 def train_step(job: Job, lr: float, momentum: float) -> Tensor:
     """One update over the global batch; returns this rank's mean cross-entropy in nats per token."""
     micro_steps = job.loader.per_rank
+    if job.objective is not None:
+        job.objective.before(job)        # weights as the export would have them
     mean_ce = torch.zeros((), device=job.rt.device)
     for micro_step in range(micro_steps):
         if isinstance(job.forward, DistributedDataParallel):
@@ -1348,6 +1433,8 @@ def train_step(job: Job, lr: float, momentum: float) -> Tensor:
             ce = job.forward(x, y)
         mean_ce += ce.detach()
         (ce * (1.0 / micro_steps)).backward()
+    if job.objective is not None:
+        job.objective.after(job)         # the weights themselves again, gradients of the terms added
     if job.cfg.grad_clip_norm > 0:
         torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.cfg.grad_clip_norm)
     for optimizer in job.optimizers:
@@ -1364,7 +1451,7 @@ def warm_up(job: Job) -> None:
     """Runs WARMUP_STEPS steps to compile and prime the kernels, then puts weights, optimisers, loader and RNG back."""
     t0 = time.perf_counter()
     weights = {name: t.clone() for name, t in job.model.state_dict().items()}
-    rng = random_state(job.rt)
+    rng, known = random_state(job.rt), job.objective.state() if job.objective is not None else {}
     for step in range(job.cfg.warmup_steps):
         train_step(job, 1.0, muon_momentum(job.cfg, 0))
         if step < 20 or (step + 1) % 10 == 0:
@@ -1372,6 +1459,8 @@ def warm_up(job: Job) -> None:
     job.model.load_state_dict(weights)
     for optimizer in job.optimizers:
         optimizer.state.clear()
+    if job.objective is not None:
+        job.objective.load(known)
     restore_random_state(rng, job.rt)
     job.loader.seek(0)
     job.seconds["warmup"] = time.perf_counter() - t0
@@ -1442,6 +1531,8 @@ def log_step(job: Job, loss: Tensor, lr: float, elapsed_ms: float) -> None:
         f"step:{job.step}/{job.cfg.iterations} train_loss:{mean:.4f} "
         f"train_time:{elapsed_ms:.0f}ms step_avg:{elapsed_ms / job.step:.2f}ms")
     job.folder.metric(kind="train", step=job.step, train_loss=mean, lr_scale=lr, train_ms=elapsed_ms)
+    if job.objective is not None:
+        job.objective.log(job)
 
 
 def train(job: Job) -> EvalResult:
@@ -1459,7 +1550,8 @@ def train(job: Job) -> EvalResult:
                 if last:
                     break
             # The calibration ahead counts as spent: it lies inside the training time.
-            lr = lr_scale(cfg, job.step, elapsed_ms + calibration_ms(cfg, job.step, elapsed_ms))
+            spent_ms = elapsed_ms + calibration_ms(cfg, job.step, elapsed_ms)
+            lr, job.steps_left = lr_scale(cfg, job.step, spent_ms), steps_left(cfg, job.step, spent_ms)
             loss = train_step(job, lr, muon_momentum(cfg, job.step))
             job.step += 1
             watch.push(lr, loss)
@@ -1485,121 +1577,6 @@ def train(job: Job) -> EvalResult:
             f"stopping_early: wallclock_cap train_time:{job.clock.total_ms:.0f}ms step:{job.step}/{cfg.iterations}")
     job.seconds["train"] = job.clock.total_ms / 1000
     return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Calibrate: what an error in each matrix costs, from training tokens.
-# ----------------------------------------------------------------------------------------------------------------------
-
-CALIBRATION_CHUNK_TOKENS = 8192     # tokens a forward and backward pass; the uncompiled model keeps every activation
-
-
-class Calibration:
-    """Second moments of the inputs of each matrix and of the gradients at its outputs, summed over tokens and uses. Labels
-    are drawn from the model: the expectation of the squared gradient is then the Fisher information, which bounds how the
-    loss curves (Martens 2020, arXiv 1412.1193, section 9), where the data's labels would add the noise of their errors.
-    """
-
-    def __init__(self, model: GPT, rt: Runtime, seed: int):
-        self.model, self.rt, self.tokens = model, rt, 0
-        self.sums: dict[tuple[str, str], list[Tensor]] = {}     # (matrix, use) -> squared gradients, inputs' moment, uses
-        self.generator = torch.Generator(rt.device).manual_seed(seed + rt.rank)
-
-    def add(self, name: str, use: str, rows: Tensor | None, moment: Tensor | None) -> None:
-        """Adds to the sums; a matrix that is used several times in a pass has its inputs' moments averaged."""
-        parts = rows, moment, None if moment is None else torch.ones((), device=self.rt.device)
-        zero = torch.zeros((), dtype=torch.float64, device=self.rt.device)
-        held = self.sums.setdefault((name, use), [zero for _ in parts])
-        self.sums[name, use] = [a if b is None else a + b for a, b in zip(held, parts, strict=True)]
-
-    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if isinstance(module, nn.Embedding):    # row v is the output wherever the token is v
-                counts = torch.bincount(inputs[0].flatten(), minlength=module.num_embeddings).float()
-                self.add(name, "input", counts, None)
-                output.register_hook(lambda g: self.add(name, "input", None, squares(g).diag()))
-            else:
-                x = inputs[0].detach().flatten(0, -2).float()
-                self.add(name, "linear", None, x.T @ x)
-                output.register_hook(lambda g: self.add(name, "linear", squares(g), None))
-
-        def squares(g: Tensor) -> Tensor:
-            return g.flatten(0, -2).float().square().sum(0)
-
-        return module.register_forward_hook(note)
-
-    def observe(self, ids: Tensor) -> None:
-        """One forward and backward pass over ids (B, T)."""
-        model = self.model
-        with self.rt.autocast():
-            features = model.features(ids).flatten(0, 1)
-            logits = model.logits(features).float()
-        with torch.no_grad():
-            shares = logits.softmax(-1)
-            labels = torch.multinomial(shares, 1, generator=self.generator)
-            if model.lm_head is None:
-                g = shares.scatter_add(1, labels, -torch.ones_like(labels, dtype=shares.dtype))
-                g = g * (1 - (logits / model.softcap).square())     # before the soft cap
-                x = features.float()
-                if model.embed_proj is not None:
-                    back = g @ model.tok_emb.weight.float()
-                    self.add("embed_proj.weight", "transposed", back.square().sum(0), x.T @ x)
-                    x = x @ model.embed_proj.weight
-                self.add("tok_emb.weight", "head", g.square().sum(0), x.T @ x)
-        F.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
-        model.zero_grad(set_to_none=True)
-        self.tokens += ids.numel()
-
-    def statistics(self) -> Statistics:
-        """Means over the tokens of all ranks."""
-        tokens = float(self.rt.reduce(torch.tensor(float(self.tokens), device=self.rt.device)))
-        passes = {key: float(uses) for key, (_, _, uses) in self.sums.items()}
-        terms: dict[str, tuple[Term, ...]] = {}
-        for (name, use), (rows, moment, _) in sorted(self.sums.items()):
-            rows, moment = (self.rt.reduce(t.clone()).cpu() / tokens for t in (rows, moment))
-            calls = passes[name, use] / passes["tok_emb.weight", "input"]
-            terms[name] = (*terms.get(name, ()), Term(rows.float(), (moment / calls).float(), use == "transposed"))
-        return Statistics(weights_digest(self.model.state_dict()), int(tokens), terms)
-
-
-def calibrate(model: GPT, batches: Iterator[Tensor], rt: Runtime, seed: int) -> Statistics:
-    """Statistics of a model on ids (B, T), each batch this rank's own."""
-    calibration = Calibration(model, rt, seed)
-    handles = [calibration.watch(f"{name}.weight", m) for name, m in model.named_modules()
-               if isinstance(m, (CastedLinear, nn.Embedding))]
-    try:
-        for batch in batches:
-            for ids in batch.split(max(1, CALIBRATION_CHUNK_TOKENS // batch.shape[1])):
-                calibration.observe(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calibration.statistics()
-
-
-def calibration_ms(cfg: Config, step: int, elapsed_ms: float) -> float:
-    """Time to keep for it: a second for first calls of its kernels, and twice the pace so far, uncompiled as it is (for
-    steps of EXPORT_TUNE_STEPS 1.5 times); at most a quarter of the cap, because the first step's pace is not the run's.
-    """
-    steps = 2 * cfg.calibration_tokens / cfg.train_batch_tokens + 1.5 * cfg.export_tune_steps
-    needed_ms = 1000 + steps * elapsed_ms / max(step, 1)
-    return min(needed_ms, 250 * cfg.max_wallclock_seconds) if cfg.calibration_tokens else 0.0
-
-
-def calibrate_job(job: Job) -> Statistics | None:
-    """Statistics of the trained weights on the training tokens that come next."""
-    if not job.cfg.calibration_tokens:
-        return None
-    job.clock.resume()
-    before = job.clock.total_ms
-    count = -(-job.cfg.calibration_tokens // (job.cfg.micro_batch * job.rt.world_size))     # micro-batches a rank
-    batches = (job.loader.next_batch()[0] for _ in range(count))
-    statistics = calibrate(job.model, batches, job.rt, job.cfg.seed)
-    job.clock.pause()
-    took_ms = job.clock.total_ms - before
-    job.seconds["calibrate"] = took_ms / 1000
-    job.folder.log(f"calibrated: tokens:{statistics.tokens} time:{took_ms:.0f}ms train_time:{job.clock.total_ms:.0f}ms")
-    return statistics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1896,7 +1873,7 @@ def carry_out(job: Job, t0: float) -> int:
     folder.forget_metrics_from(job.step)
     before = train(job)
     folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*job.rt.peak_memory_mib()))
-    report = export_model(job, calibrate_job(job))
+    report = export_model(job, tool("calibration").calibrate_job(job) if cfg.calibration_tokens else None)
     after = roundtrip(job) if cfg.final_roundtrip_eval else None
     return summarise(job, before, report, after) if report is not None else 0
 

@@ -69,7 +69,7 @@ def measure(job: train_gpt.Job, warmup: int, steps: int) -> dict[str, object]:
     result = job.evaluate(job.compiled, 0)
     state = {name: t.cpu() for name, t in job.model.state_dict().items()}
     path = job.folder.path / "bench.ptz"
-    known = train_gpt.calibrate_job(job)        # with CALIBRATION_TOKENS
+    known = export.tool("calibration").calibrate_job(job) if cfg.calibration_tokens else None
     options, code = cfg.export_options, train_gpt.code_bytes(cfg)
     export_s = timed(rt, lambda: export.save_artifact(path, state, job.meta, options, statistics=known, code_bytes=code))
     load_s = timed(rt, lambda: export.load_artifact(path))

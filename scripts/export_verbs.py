@@ -28,6 +28,7 @@ from zlib_ng import zlib_ng
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
+from calibration import CALIBRATION_CHUNK_TOKENS, calibrate
 from export import (
     FLOATS,
     MAGIC,
@@ -61,7 +62,6 @@ from train_gpt import (
     Tokenizer,
     TokenStream,
     byte_table,
-    calibrate,
     check_pairing,
     evaluate,
     load_model,
@@ -229,7 +229,7 @@ def calibrate_state(state: Mapping[str, Tensor], meta: Mapping[str, Any], *, dat
     rt, model, _ = open_model(state, meta, tokenizer, device)
     seq_len = int(meta["train_seq_len"])
     stream = TokenStream(read_split(data, "train"))
-    rows = max(1, train_gpt.CALIBRATION_CHUNK_TOKENS // seq_len)
+    rows = max(1, CALIBRATION_CHUNK_TOKENS // seq_len)
     batches = max(1, -(-tokens // (rows * seq_len)))
     if batches * rows * seq_len > stream.size:
         raise DataError(f"{data} holds {stream.size} training tokens, calibration wants {batches * rows * seq_len}")

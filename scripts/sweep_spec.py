@@ -258,7 +258,7 @@ def plan(spec: Spec, env: Mapping[str, str]) -> list[Planned]:
             problems += [f"arm {arm}: {fault}" for fault in faults]
             if not problems:
                 machine = rt.device.type, str(rt.dtype), rt.compiled, spec.threads if rt.device.type == "cpu" else 0
-                code = [code_of(tuple(sorted(set(c.tools().values())))) for c in (cfg, replace(cfg, **AFTER_TRAINING))]
+                code = [code_of(tuple(sorted(set(c.tools().values())))) for c in (cfg, replace(cfg, **after_training(cfg)))]
                 rest = [data_of(cfg.data_path, cfg.tokenizer_path), machine]
                 planned += [planned_run(arm, knobs, cfg, code, rest, repeat) for repeat in range(spec.repeats)]
     if problems:
@@ -274,7 +274,7 @@ def planned_run(arm: str, knobs: dict[str, str], cfg: Config, code: Sequence[str
     identity, training = (
         hashlib.sha256(json.dumps([{f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in left_out},
                                    own, rest + [repeat] * (repeat > 0)], sort_keys=True).encode()).hexdigest()[:10]
-        for left_out, own in zip((NOT_IDENTITY, NOT_IDENTITY | AFTER_TRAINING.keys()), code, strict=True))
+        for left_out, own in zip((NOT_IDENTITY, NOT_IDENTITY | after_training(cfg).keys()), code, strict=True))
     logs = Path(cfg.log_dir)
     name = re.sub(r"[^A-Za-z0-9_.=-]+", "_", arm)[:80]
     folder = next(iter(sorted(logs.glob(f"*_s{cfg.seed}_{identity}"))), logs / f"{name}_s{cfg.seed}_{identity}")
@@ -286,6 +286,12 @@ NOT_IDENTITY = WITHOUT_EFFECT | {"data_path", "tokenizer_path", "device"}
 # Knobs that the weights at the end of a run of fixed steps do not depend on, with their defaults.
 AFTER_TRAINING = {f.name: f.default for f in fields(Config)
                   if f.metadata["group"] in ("Export", "Evaluation") and f.metadata["free"]}
+
+
+def after_training(cfg: Config) -> dict[str, Any]:
+    """Those of a run: terms of the objective see the export, which is then no longer of the time after."""
+    exports = {f.name for f in fields(Config) if f.metadata["group"] == "Export"} if cfg.has_objective else set()
+    return {name: default for name, default in AFTER_TRAINING.items() if name not in exports}
 
 
 def environment_problems(env: Mapping[str, str]) -> list[str]:

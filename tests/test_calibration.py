@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from conftest import CPU, VARIANTS, filled_model, fixed_batch, tiny_shape
 from torch import Tensor
 
-import train_gpt
+import calibration
+from calibration import calibrate
 from export import ExportOptions, Statistics, check_statistics, encode_artifact, expected_loss, matrices, shapes_of
-from train_gpt import GPT, calibrate, rms_norm, rotate
+from train_gpt import GPT, rms_norm, rotate
 
 SEED = 5
 
@@ -129,15 +130,15 @@ def test_batches_are_averaged_by_tokens() -> None:
 def test_large_batches_are_cut_into_passes_of_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = noisy_model(), ids_of(6, 12)
     whole = statistics_of(model, ids)
-    monkeypatch.setattr(train_gpt, "CALIBRATION_CHUNK_TOKENS", 25)
+    monkeypatch.setattr(calibration, "CALIBRATION_CHUNK_TOKENS", 25)
     sizes: list[tuple[int, ...]] = []
-    observe = train_gpt.Calibration.observe
+    observe = calibration.Calibration.observe
 
-    def noted(self: train_gpt.Calibration, part: Tensor) -> None:
+    def noted(self: calibration.Calibration, part: Tensor) -> None:
         sizes.append(tuple(part.shape))
         observe(self, part)
 
-    monkeypatch.setattr(train_gpt.Calibration, "observe", noted)
+    monkeypatch.setattr(calibration.Calibration, "observe", noted)
     cut = statistics_of(model, ids)
     assert sizes == [(2, 12)] * 3
     assert cut.tokens == whole.tokens == 72

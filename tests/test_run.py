@@ -687,13 +687,14 @@ NEEDS_A_TOOL = {    # knobs -> what each of them asks for
     "INT8_RESIDUAL_RANK": ("1", "int8_plan"), "EXPORT_PERMUTE": ("mlp", "symmetries"), "EXPORT_ROTATE": ("1", "symmetries"),
     "EXPORT_ALLOCATE": ("hessian", "int8_plan"), "CAP_POLICY": ("fit", "int8_plan"),
     "SENSITIVITY_MAP": ("m", "sensitivity_map"), "ARTIFACT_EVERY": ("2", "size_gauge"),
+    "CALIBRATION_TOKENS": ("512", "calibration"),
 }
 
 
 def test_a_packed_file_refuses_what_needs_scripts_before_any_work(env, tmp_path, monkeypatch, capsys):
     for module in (train_gpt, export):      # in a packed file both have its path
         monkeypatch.setattr(module, "__file__", str(tmp_path / "packed.py"))
-    env |= {knob: value for knob, (value, _) in NEEDS_A_TOOL.items()} | {"CALIBRATION_TOKENS": "512"}
+    env |= {knob: value for knob, (value, _) in NEEDS_A_TOOL.items()}
     assert train_gpt.main(env) == 2
     assert not outputs(env).exists()
     said = capsys.readouterr().err.splitlines()

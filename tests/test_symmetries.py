@@ -15,6 +15,7 @@ import torch
 from conftest import CPU, VARIANTS, filled_model, fixed_batch, tiny_shape
 from torch import Tensor
 
+from calibration import calibrate
 from export import (
     ExportOptions,
     Statistics,
@@ -25,7 +26,7 @@ from export import (
     weights_digest,
 )
 from symmetries import Symmetry, find_symmetries, rotated
-from train_gpt import GPT, calibrate, rope_tables, rotate
+from train_gpt import GPT, rope_tables, rotate
 
 KINDS = {"mlp", "kv_head", "query_head", "value", "stream", "embedding"}
 
