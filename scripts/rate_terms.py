@@ -165,11 +165,14 @@ class PriceList:
         return lists
 
     def bits(self, x: Tensor, level: Tensor | None = None) -> Tensor:
-        """Mean price of x (weights in steps); `level` as in `learned`, broadcastable to x, and none for a histogram."""
+        """Mean price of x (weights in steps); `level` as in `learned`, broadcastable to x, and none for a histogram. Beyond
+        what a file can say the steps are out of date, and there is no gradient.
+        """
         context = 0 if level is None else bucket_of(level)
         width = self.widths[context]
         middle = (self.table.shape[1] - 1) // 2
-        z = (wide(x) - (width - 1) / 2) / width + middle        # from the middle of the integers that share a symbol
+        aim = wide(x).clamp(-export.MAX_AIM, export.MAX_AIM)
+        z = (aim - (width - 1) / 2) / width + middle        # from the middle of the integers that share a symbol
         return interpolated(self.table, z, context).mean()
 
 
@@ -181,11 +184,14 @@ def bucket_of(level: Tensor) -> Tensor:
 def continued(prices: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Prices (symbols,) with one more at each end. Symbols that nobody holds cost the same wherever they are, which pulls no
     weight back: they are priced by a line through those at their sides, or beyond the outermost by the mean slope from the
-    cheapest to there, because the last difference between two rare symbols is chance.
+    cheapest to there, because the last difference between two rare symbols is chance. Where all are alike nothing is known
+    of others, and nothing pulls: a matrix that starts as zeros must leave them.
     """
     cheapest = int(np.where(held, prices, np.inf).argmin())
+    if held.sum() < 2:
+        return np.full(prices.size + 2, prices[cheapest])
     held = held.copy()
-    held[max(cheapest - 1, 0):cheapest + 2] = True      # where all weights are equal, one step away costs its true price
+    held[max(cheapest - 1, 0):cheapest + 2] = True      # a slope on both sides of the cheapest
     known, symbols = np.flatnonzero(held), np.arange(-1, prices.size + 1)
     found = np.interp(symbols, known, prices[known])
     for end, beyond in ((known[0], known[0] - symbols), (known[-1], symbols - known[-1])):
