@@ -8,8 +8,8 @@
 
 x is always weights / export step, the step without gradient. In units of the weights themselves a term would be a penalty on
 scale, which an exporter whose step follows the weights cancels: Q(g W) = Q(W). Every value is a scalar, the mean over all
-weights given, in float32 (float64 if x is); nothing here draws a random number, and equal inputs give equal sums whatever
-the order in which a device adds.
+weights given, in float32 (float64 if x is). Nothing here draws a random number, and histograms are counted in integers,
+whose sum knows no order: ranks that hold the same weights get the same values and gradients (but see Waterfill).
 """
 from __future__ import annotations
 
@@ -59,30 +59,30 @@ def fit_shape(x: Tensor) -> float:
 
 
 def backslash_bits(x: Tensor, nu: float, eps: float) -> Tensor:
-    """Mean of -log2 p(|x| + eps) under p(t) = exp(-(|t| / alpha)^nu) / (2 alpha Gamma(1 + 1/nu)), alpha the likeliest for
-    these values. BackSlash's update is lambda nu (|x| + eps)^(nu - 1) sign(x) (arXiv 2504.16968); so is this gradient, the
-    constant being what makes it bits. It passes by alpha, where the value is least and has no slope.
+    """Mean of -log2 p(|x| + eps) under p(t) = exp(-(|t| / alpha)^nu) / (2 alpha Gamma(1 + 1/nu)) with the likeliest alpha,
+    alpha^nu = nu mean (|x| + eps)^nu. There the value has no slope in alpha, so the gradient is that of (|x| + eps)^nu
+    alone, BackSlash's update lambda nu (|x| + eps)^(nu - 1) sign(x) (arXiv 2504.16968) times what makes it bits.
 
     At eps = 0 and many bits it is the entropy of round(x); it knows no rounding and falls below zero for x far below 1.
     """
     sizes = (wide(x).abs() + eps).clamp_min(TINY)       # at 0 without eps, nu < 1 has no gradient
     unit = sizes.detach().mean()                        # for powers that neither overflow nor vanish
-    power = (sizes / unit).pow(nu).mean()
-    scale = nu * power.detach()                         # (alpha / unit)^nu
-    constant = 1 + math.lgamma(1 + 1 / nu) / math.log(2)
-    return power / (scale * math.log(2)) + scale.log2() / nu + unit.log2() + constant
+    log2_alpha = unit.log2() + (nu * (sizes / unit).pow(nu).mean()).log2() / nu
+    return log2_alpha + 1 + (1 / nu + math.lgamma(1 + 1 / nu)) / math.log(2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prices between integers, and the histogram's.
 # ----------------------------------------------------------------------------------------------------------------------
 
-COUNT_BITS = 32                 # fractions of a weight are counted in integers, whose sum knows no order
+COUNT_BITS = 32                 # a weight counts as 2^32, shared between two bins
 LEAST_SHARE = 2.0**-64          # of a histogram's bin that is empty; a weight between bins has some share in both
 
 
 def neighbours(z: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The entries of a table on both sides of z, int64: the same twice where z is an integer, the last two beyond the end."""
+    """The entries of a table on both sides of z, int64: one of them twice where z is an integer, the last two beyond the
+    end.
+    """
     return z.detach().floor().clamp(0, size - 2).long(), z.detach().ceil().clamp(1, size - 1).long()
 
 
@@ -90,9 +90,10 @@ def interpolated(table: Tensor, z: Tensor, row: Tensor | int = 0) -> Tensor:
     """table (rows, size) at row and z, linear between entries and beyond the last two as between them. Where z is an integer
     two slopes meet and the gradient is 0, so that a weight of zero stays there.
     """
-    low, high = (row * table.shape[1] + side for side in neighbours(z, table.shape[1]))
-    first = table.take(low)
-    return first + (z - (low - row * table.shape[1])) * (table.take(high) - first)
+    size = table.shape[1]
+    low, high = neighbours(z, size)
+    first, second = table.take(row * size + low), table.take(row * size + high)
+    return first + (z - low) * (second - first)
 
 
 def soft_entropy_bits(x: Tensor, u: Tensor) -> Tensor:
@@ -100,10 +101,10 @@ def soft_entropy_bits(x: Tensor, u: Tensor) -> Tensor:
     two in both by its distance: noise for rounding (Balle et al. 2017, arXiv 1611.01704, section 3) and soft assignment
     (Agustsson et al. 2017, arXiv 1704.00648), with u of the shape of x, uniform in (-1/2, 1/2) or zero.
 
-    Each y pays -log2 p, interpolated between the integers: summed, that is the entropy itself. The gradient is the price's
-    slope in y. It passes by p, exactly: what sum p log p gains by a change of p through the logarithm is sum dp = 0.
+    Each y pays -log2 p, interpolated between the integers: the mean is the entropy itself. The gradient is the price's slope
+    in y. It passes by p, exactly: what sum p log p gains through the logarithm by a change of p is sum dp = 0.
     Noise and kernel widen the histogram from a variance of s^2 + 1/12 to s^2 + 1/4, so the value is above the entropy of
-    round(x): for Gaussian x by 0.02 bits at 3.3 bits, 0.17 at 1.5; with u = 0 by 0.01 and 0.08.
+    round(x): for Gaussian x by 0.02 bits at 3.3 bits and 0.23 at 1.5; with u = 0 by half of that.
     """
     size = 2 * export.MAX_CODE + 1
     z = ((wide(x) + u).clamp(-export.MAX_CODE, export.MAX_CODE) + export.MAX_CODE).flatten()
@@ -112,7 +113,7 @@ def soft_entropy_bits(x: Tensor, u: Tensor) -> Tensor:
         shares = ((z - low) * 2**COUNT_BITS).long()
         counts = torch.zeros(size, dtype=torch.int64, device=z.device)
         counts.scatter_add_(0, high, shares).scatter_add_(0, low, 2**COUNT_BITS - shares)
-        prices = -(counts / (z.numel() * 2.0**COUNT_BITS)).to(z.dtype).clamp_min(LEAST_SHARE).log2()
+        prices = -(counts.to(z.dtype) / (z.numel() * 2.0**COUNT_BITS)).clamp_min(LEAST_SHARE).log2()
     return interpolated(prices[None], z).mean()
 
 
@@ -164,11 +165,14 @@ class PriceList:
         return lists
 
     def bits(self, x: Tensor, level: Tensor | None = None) -> Tensor:
-        """Mean price of x (weights in steps); `level` as in `learned`, broadcastable to x, and none for a histogram."""
+        """Mean price of x (weights in steps); `level` as in `learned`, broadcastable to x, and none for a histogram. Beyond
+        what a file can say the steps are out of date, and there is no gradient.
+        """
         context = 0 if level is None else bucket_of(level)
         width = self.widths[context]
         middle = (self.table.shape[1] - 1) // 2
-        z = (wide(x) - (width - 1) / 2) / width + middle        # from the middle of the integers that share a symbol
+        aim = wide(x).clamp(-export.MAX_AIM, export.MAX_AIM)
+        z = (aim - (width - 1) / 2) / width + middle        # from the middle of the integers that share a symbol
         return interpolated(self.table, z, context).mean()
 
 
@@ -180,11 +184,14 @@ def bucket_of(level: Tensor) -> Tensor:
 def continued(prices: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Prices (symbols,) with one more at each end. Symbols that nobody holds cost the same wherever they are, which pulls no
     weight back: they are priced by a line through those at their sides, or beyond the outermost by the mean slope from the
-    cheapest to there, because the last difference between two rare symbols is chance.
+    cheapest to there, because the last difference between two rare symbols is chance. Where all are alike nothing is known
+    of others, and nothing pulls: a matrix that starts as zeros must leave them.
     """
     cheapest = int(np.where(held, prices, np.inf).argmin())
+    if held.sum() < 2:
+        return np.full(prices.size + 2, prices[cheapest])
     held = held.copy()
-    held[max(cheapest - 1, 0):cheapest + 2] = True      # where all weights are equal, one step away costs its true price
+    held[max(cheapest - 1, 0):cheapest + 2] = True      # a slope on both sides of the cheapest
     known, symbols = np.flatnonzero(held), np.arange(-1, prices.size + 1)
     found = np.interp(symbols, known, prices[known])
     for end, beyond in ((known[0], known[0] - symbols), (known[-1], symbols - known[-1])):
@@ -204,8 +211,9 @@ def second_moment(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def damped(moment: Tensor) -> Tensor:
-    mean = moment.diagonal().mean()
-    return moment + torch.diag_embed((export.DAMPING * mean + TINY).expand(len(moment)))
+    """By a share of the mean square input, as the exporter's statistics: dead inputs are not free."""
+    added = export.DAMPING * moment.diagonal().mean() + TINY
+    return moment + added * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def mean_log2_cholesky(moment: Tensor) -> Tensor:
@@ -215,13 +223,13 @@ def mean_log2_cholesky(moment: Tensor) -> Tensor:
 
 
 def waterfill_bits(w: Tensor, moment: Tensor, mean_log2: Tensor) -> Tensor:
-    """Bits a weight of w (out, in) with steps proportional to 1 / L_jj, coded column by column, where the error at the output
-    has the power of the output; 0.5 log2(1 / share) more where it has a share of it. With s_j = mean_i w_ij^2 that is
-    mean_j 0.5 log2(s_j L_jj^2) - 0.5 log2(mean_i w_i H w_i^T / in) (reverse water-filling; WaterSIC's rate, Lifar et al.
-    2026, arXiv 2603.04956). White weights on white inputs pay 0.
+    """Bits a weight of w (out, in) with steps proportional to 1 / L_jj where the error at the output has the power of the
+    output, and 0.5 log2(1 / share) more where it has a share of it. With H = L L^T and s_j = mean_i w_ij^2 that is
+    mean_j 0.5 log2(s_j L_jj^2) - 0.5 log2(mean_i w_i H w_i^T / in): reverse water-filling, the rate of WaterSIC (Lifar et
+    al. 2026, arXiv 2603.04956). White weights on white inputs pay 0.
 
-    The second part makes scaling w or its inputs change nothing. Every matrix stands between normalisations or gains, so at a
-    fixed error in units of its own the term would be a penalty on scale, which the network undoes.
+    The second part makes it the same for g w and for inputs g x. Every matrix stands between normalisations or gains, so
+    with an error fixed in units of its own the term would be a penalty on scale, which the network undoes.
     """
     matrix = wide(w)
     gram = matrix.T @ matrix / len(matrix)
@@ -252,8 +260,11 @@ class Waterfill:
     def inputs(self, ids: Tensor) -> dict[str, list[Tensor]]:
         """The inputs (..., in) of each matrix in one forward pass, with their graph; several where a block is shared."""
         found: dict[str, list[Tensor]] = {}
-        handles = [layer.register_forward_pre_hook(lambda _, args, name=name: found.setdefault(name, []).append(args[0]))
-                   for name, layer in self.layers.items()]
+
+        def watch(name: str, layer: torch.nn.Module) -> torch.utils.hooks.RemovableHandle:
+            return layer.register_forward_pre_hook(lambda _, args: found.setdefault(name, []).append(args[0]))
+
+        handles = [watch(name, layer) for name, layer in self.layers.items()]
         try:
             with self.rt.autocast():
                 x = self.model.features(ids)
@@ -265,11 +276,11 @@ class Waterfill:
         return found | {"tok_emb.weight" if self.model.lm_head is None else "lm_head.weight": [x]}
 
     def bits(self, ids: Tensor, only: Sequence[str] | None = None) -> Tensor:
-        """Mean over the weights of the matrices (of `only` some of self.names), after one forward pass over ids (B, T), which
+        """Mean over the weights of the matrices (of `only` some of self.names), after one forward pass over ids (B, T) that
         updates the covariances of all. The caller takes torch.autograd.grad of it.
         """
         wanted = self.names if only is None else only
-        assert wanted and set(wanted) <= set(self.names), f"no matrices of this model with inputs: {wanted}"
+        assert set(wanted) <= set(self.names), f"not among the matrices with inputs: {set(wanted) - set(self.names)}"
         inputs, weights = self.inputs(ids), dict(self.model.named_parameters())
         first: dict[tuple[int, ...], str] = {}
         owner = {name: first.setdefault(tuple(map(id, uses)), name) for name, uses in inputs.items()}
@@ -282,7 +293,7 @@ class Waterfill:
     def observe(self, inputs: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
         """Takes one batch into the running means; returns them, damped, with the batch's gradient."""
         self.batches += 1
-        share = (1 - self.decay) / (1 - self.decay**self.batches)       # of the newest, the means being unbiased from the first
+        share = (1 - self.decay) / (1 - self.decay**self.batches)       # the newest's; the first batch starts the mean
         found = {}
         for name, uses in inputs.items():
             batch = second_moment(uses)
