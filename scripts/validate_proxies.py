@@ -9,11 +9,12 @@ and those of --knob; with --rd-tokens also as rd, at the one dial that plans RD_
 checkpoint: rd always ends at the size asked, at a fixed dial its bytes are what one expected loss costs.
 
 Each proxy has a true value of its own, in its own unit, so that runs of different shapes compare: code_bytes and
-metadata_bytes those parts of the file; `_bits` the bits a weight of what they speak of, coarse_bits in a file of
-COARSE_BITS, order0_bits and pair_bits both of the codes; exceptions, their families and bytes what `index` and `f16` grow by in a file
-that keeps the exceptions. Printed: Spearman's rho with it within each run and over all checkpoints, with n; the spread of
-the true value (largest over smallest - 1, in the run where that is most); the median relative error where proxy and true
-value are one quantity; rho with the whole file's size. pair_saved_bits speaks of no part of a file and has no row.
+metadata_bytes those parts of the file; `_bits` the bits a weight of what they speak of, order0_bits of the codes, coarse_bits
+of those in a file of COARSE_BITS; exceptions, their families and bytes what `index` and `f16` grow by in a file that keeps the
+exceptions. Printed: Spearman's rho with it within each run and over all checkpoints, with n; the spread of the true value
+(largest over smallest - 1, in the run where that is most); the median relative error where proxy and true value are one
+quantity; rho with the whole file's size. pair_saved_bits speaks of no part of a file and has no row, and rd has parts for
+the first three alone.
 """
 from __future__ import annotations
 
@@ -72,9 +73,8 @@ def common_truths(made: Export) -> Values:
     """What files of any scheme tell."""
     parts, total = made.report.parts, len(made.data)
     codes = bytes_of(parts, "codes", "positions")
-    integers = sum(codes.size for _, codes in proxies.with_integers(made.tensors))
     return {"total_bits": 8 * total / made.report.weights, "predicted_bytes": total, "code_bytes": codes,
-            "metadata_bytes": total - codes, "order0_bits": 8 * codes / integers, "pair_bits": 8 * codes / integers}
+            "metadata_bytes": total - codes}
 
 
 def int8_scheme(state: dict[str, Tensor], meta: dict[str, Any], run: Run, *, options: ExportOptions
@@ -89,7 +89,7 @@ def int8_scheme(state: dict[str, Tensor], meta: dict[str, Any], run: Run, *, opt
     path = bytes_of(kept, "index", "f16") - bytes_of(parts, "index", "f16")
     integers = sum(codes.size for _, codes in proxies.with_integers(tensors))
     truths = common_truths(made) | dict.fromkeys(("exceptions", "exception_families", "exception_bytes"), path) | {
-        "coarse_bits": 8 * bytes_of(coarse, "codes") / integers}
+        "order0_bits": 8 * bytes_of(parts, "codes") / integers, "coarse_bits": 8 * bytes_of(coarse, "codes") / integers}
     subsets = {"embedding_bits": lambda row: row.codec == "int" and row.name in export.EMBED_NAMES,
                "early_projection_bits": lambda row: row.codec == "int" and is_target(row.name, "early_proj_combo"),
                "small_bits": lambda row: row.codec in ("f16", "f32")}
