@@ -7,6 +7,7 @@ true bytes, ARTIFACT_EVERY logs them beside the true size.
 """
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,6 @@ from torch import Tensor
 import export
 from export import ExportOptions, Stored
 from int8_plan import is_target
-from prediction import RD_SIDE_BYTES, huffman_bits
 
 COARSE_BITS = 4             # of the grid that is there before its refinement
 EXCEPTION_SIGMAS = 4.0      # root mean squares of its row beyond which a weight is an exception
@@ -30,6 +30,7 @@ TABLE_BYTES, TABLE_SYMBOL_BYTES = 17.0, 0.29    # of a block's code lengths, by 
 MATCH_FACTOR = 1.35         # of the entropy: what deflate's matches reach where most symbols are zero
 UNSEEN = 2.0**-9            # symbols that the coder's prior grants what it leaves to the escape
 LANE_BYTES = 3              # of each lane of the rANS coder, which say nothing
+RD_SIDE_BYTES = 0.65                    # of steps and sizes, for each row and each column (2 and 36 million weights: 0.66)
 BLOCK = re.compile(r"^blocks\.\d+\.")
 
 
@@ -127,6 +128,18 @@ def block_bytes(counts: np.ndarray) -> float:
     held = np.append(counts[counts > 0], 1)
     bits = min(huffman_bits(held), MATCH_FACTOR * entropy(held))
     return bits / 8 + TABLE_BYTES + TABLE_SYMBOL_BYTES * held.size
+
+
+def huffman_bits(shares: np.ndarray) -> float:
+    """Mean length of a Huffman code: the sum of the weights of its inner nodes."""
+    heap = [float(share) for share in shares]
+    heapq.heapify(heap)
+    total = 0.0
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        heapq.heappush(heap, merged)
+        total += merged
+    return total
 
 
 def grid_bytes(tensors: Mapping[str, Stored]) -> dict[str, float]:

@@ -9,12 +9,12 @@ and those of --knob; with --rd-tokens also as rd, at the one dial that plans RD_
 checkpoint: rd always ends at the size asked, at a fixed dial its bytes are what one expected loss costs.
 
 Each proxy has a true value of its own, in its own unit, so that runs of different shapes compare: code_bytes and
-metadata_bytes those parts of the file; `_bits` the bits a weight of what they speak of, order0_bits of the codes, coarse_bits
-of those in a file of COARSE_BITS; exceptions, their families and bytes what `index` and `f16` grow by in a file that keeps the
-exceptions. Printed: Spearman's rho with it within each run and over all checkpoints, with n; the spread of the true value
-(largest over smallest - 1, in the run where that is most); the median relative error where proxy and true value are one
-quantity; rho with the whole file's size. pair_saved_bits speaks of no part of a file and has no row, and rd has parts for
-the first three alone.
+metadata_bytes those parts of the file; `_bits` the bits a weight of what they speak of, order0_bits of the codes,
+coarse_bits of those in a file of COARSE_BITS; exceptions, their families and bytes what `index` and `f16` grow by in a file
+that keeps the exceptions. Printed: Spearman's rho with it within each run and over all checkpoints, with n; the spread of
+the true value (largest over smallest - 1, in the run where that is most); the median relative error where proxy and true
+value are one quantity; rho with the whole file's size. pair_saved_bits speaks of no part of a file and has no row, and rd
+has parts for the first three alone.
 """
 from __future__ import annotations
 
