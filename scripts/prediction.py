@@ -1,7 +1,6 @@
 """What an artifact will weigh before there are weights: from shapes, options and what deflate makes of normal weights."""
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,9 +20,9 @@ from export import (
     storage,
 )
 from int8_plan import aim
+from proxies import RD_SIDE_BYTES, huffman_bits
 
 TAIL = 1.07     # largest weight of a trained row over that of normals (rows of three 4x256 models: 1.05..1.09)
-RD_SIDE_BYTES = 0.65                    # of steps and sizes, for each row and each column (2 and 36 million weights: 0.66)
 RD_REST_BYTES, RD_FIXED_BYTES = 0.9, 800            # for each value of what is no matrix; frame, header and bases
 
 
@@ -117,15 +116,3 @@ def code_statistics(n: int, numel: int, q_max: float, sigmas: float) -> tuple[fl
     bits = min(huffman_bits(symbols) / per_byte, (1.45 if limit == 1 else 1.35) * entropy)
     shape = -0.025 if limit > 1 else 0.0 if q_max > 1 else 0.01 if sigmas else 0.04
     return bits + shape, per_byte, 20 + 0.2 * held
-
-
-def huffman_bits(shares: np.ndarray) -> float:
-    """Mean length of a Huffman code: the sum of the weights of its inner nodes."""
-    heap = [float(share) for share in shares]
-    heapq.heapify(heap)
-    total = 0.0
-    while len(heap) > 1:
-        merged = heapq.heappop(heap) + heapq.heappop(heap)
-        heapq.heappush(heap, merged)
-        total += merged
-    return total
