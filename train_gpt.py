@@ -60,6 +60,7 @@ from export import (
     plan_lines,
     range_problems,
     shapes_of,
+    storage,
     tool,
     weights_digest,
     write_atomically,
@@ -1791,6 +1792,10 @@ def export_problems(cfg: Config) -> list[str]:
             tool(name)
         except ExportRefused as error:
             found.append(f"{asked}: {error}")
+    plain = [s for n, s in tensor_shapes(cfg.shape).items() if storage(n, s, "float32", cfg.export_options).codec == "int"]
+    if cfg.has_objective and cfg.export_scheme != "rd" and not any(len(s) == 2 for s in plain):
+        found.append("no matrix is exported in int8, so the terms of group Objective have nothing to see: all have at most"
+                     f" INT8_KEEP_FLOAT_MAX_NUMEL={cfg.int8_keep_float_max_numel} weights, or 16 bits")
     if found:
         return found
     line, refused = predicted_size(cfg)

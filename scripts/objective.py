@@ -112,7 +112,7 @@ class Objective:
         own = export.matrices(export.shapes_of(named)) if self.rd else [
             name for name, p in named.items() if p.ndim == 2 and self.choices[name].codec == "int"]
         self.matrices: dict[str, Tensor] = {name: named[name] for name in sorted(own)}
-        self.weights = sum(p.numel() for p in self.matrices.values())
+        self.known = dict(self.matrices)        # without those that were all zero at the last refresh: they have no step yet
         self.grids: dict[str, Grid] = {}
         self.noise_factor = 1.0         # from rd's steps to the noise's
         self.shape = cfg.rate_reg_nu    # of the generalised Gaussian
@@ -122,7 +122,7 @@ class Objective:
         self.dual = rate_terms.DualAscent(cfg.rate_reg_weight, aim, DUAL_RATE) if aim else None
         self.kept: dict[str, Tensor] = {}       # weights while others stand in their place
         self.values: dict[str, Tensor] = {}     # of the last evaluation
-        self.known_at = -1              # step of the last refresh
+        self.due_at = 0                 # step of the next refresh
         self.frozen = False             # the last phase has begun, on the grid of its first step
         self.device = job.rt.device
 
@@ -134,9 +134,9 @@ class Objective:
     def before(self, job: Job) -> None:
         """Refreshes what is known of the export, and lets the step see its noise or its rounding."""
         cfg = self.cfg
-        finishes = job.steps_left <= cfg.finish_steps
+        finishes = bool(cfg.finish_steps) and job.steps_left <= cfg.finish_steps
         noisy = cfg.noise_qat_step_sigmas > 0 and job.step >= cfg.noise_qat_start_frac * (job.step + job.steps_left)
-        due = not self.frozen and (self.known_at < 0 or job.step >= self.known_at + cfg.export_grid_every)
+        due = not self.frozen and job.step >= self.due_at
         if (due and (self.terms or cfg.rate_reg_weight or noisy)) or (finishes and not self.frozen):
             self.refresh(job)
         self.frozen = finishes
@@ -144,7 +144,7 @@ class Objective:
             return
         generator = self.generator(job)
         with torch.no_grad():
-            for name, p in self.matrices.items():
+            for name, p in self.known.items():
                 self.kept[name] = p.detach().clone()
                 rows = export.as_rows(p.float(), self.choices[name].axis)
                 seen = self.quantised(name, rows)[1] if finishes else self.noisy(name, rows, generator)
@@ -201,13 +201,14 @@ class Objective:
         alike, so that the sum of share x term has the expectation of the mean over all weights.
         """
         cfg, draw = self.cfg, random.Random(f"{self.cfg.seed} {step}")
-        sizes = np.array([p.numel() for p in self.matrices.values()]) / self.weights
+        weights = sum(p.numel() for p in self.known.values())
+        sizes = np.array([p.numel() for p in self.known.values()]) / weights
         count = cfg.compression_reg_sample_tensors
         points = (np.arange(count) + draw.random()) / max(count, 1)
         chosen = np.searchsorted(sizes.cumsum()[:-1], points, side="right") if count else np.arange(len(sizes))
-        names = list(self.matrices)
+        names = list(self.known)
         for i in chosen:
-            name, p = names[i], self.matrices[names[i]]
+            name, p = names[i], self.known[names[i]]
             rows = export.as_rows(p.float(), self.choices[name].axis)
             n = rows.shape[1]
             width = min(cfg.compression_reg_max_cols or n, n)
@@ -250,14 +251,18 @@ class Objective:
     # --- what is known of the export ------------------------------------------------------------------------------------
 
     def refresh(self, job: Job) -> None:
-        """Steps of rd, price lists and the shape of the weights' distribution, from the weights of now."""
-        self.known_at = job.step
+        """Steps of rd, price lists and the shape of the weights' distribution, from the weights of now; soon again while
+        projections stand at their initial zeros.
+        """
+        self.known = {name: p for name, p in self.matrices.items() if bool(p.any())}
+        whole = len(self.known) == len(self.matrices)
+        self.due_at = job.step + (self.cfg.export_grid_every if whole else min(self.cfg.export_grid_every, job.step + 1))
         if self.rd:
-            self.grids = water_filled(job, list(self.matrices))
+            self.grids = water_filled(job, list(self.known))
         with torch.no_grad():
-            units = {name: self.in_steps(name) for name in self.matrices}
+            units = {name: self.in_steps(name) for name in self.known}
             if self.rd and self.cfg.noise_qat_step_sigmas:
-                self.noise_factor = self.cfg.noise_qat_step_sigmas * self.mean_spread(units)
+                self.noise_factor = self.cfg.noise_qat_step_sigmas * self.mean_spread()
             if self.rates_by("backslash") and not self.cfg.rate_reg_nu:
                 self.shape = rate_terms.fit_shape(torch.cat([x.flatten() for x in units.values()]))
             if self.rates_by("coder"):
@@ -270,10 +275,11 @@ class Objective:
         rows = export.as_rows(self.matrices[name].float(), self.choices[name].axis)
         return rows / self.quantised(name, rows)[0]
 
-    def mean_spread(self, units: Mapping[str, Tensor]) -> float:
-        """Geometric mean of the rows' spreads in steps, over all weights."""
-        logs = [x.square().mean(1).clamp_min(TINY).log2().sum() * 0.5 * x.shape[1] for x in units.values()]
-        return float(2 ** (torch.stack(logs).sum() / self.weights))
+    def mean_spread(self) -> float:
+        """Geometric mean over all weights of their row's spread in their steps; rd."""
+        logs = [(0.5 * p.float().square().mean(1, keepdim=True).clamp_min(TINY).log2() - self.grids[name].step.log2()).flatten()
+                for name, p in self.known.items()]
+        return float(2 ** torch.cat(logs).mean())
 
     # --- logs and checkpoints -------------------------------------------------------------------------------------------
 
@@ -288,8 +294,9 @@ class Objective:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the terms to come depend on, by names that a checkpoint can hold."""
-        numbers = [self.known_at, self.noise_factor, self.shape, self.frozen, self.dual.log_multiple if self.dual else 0.0]
-        found = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
+        numbers = [self.due_at, self.noise_factor, self.shape, self.frozen, self.dual.log_multiple if self.dual else 0.0]
+        known = [float(name in self.known) for name in self.matrices]
+        found = {"numbers": torch.tensor(numbers + known, dtype=torch.float64)}
         for name, grid in self.grids.items():
             found |= {f"grid/{name}/rows": grid.rows, f"grid/{name}/cols": grid.cols, f"grid/{name}/level": grid.level}
         for name, prices in self.prices.items():
@@ -303,8 +310,9 @@ class Objective:
         found = {key.removeprefix(NAME): t for key, t in tensors.items() if key.startswith(NAME)}
         if not found:
             return
-        known_at, self.noise_factor, self.shape, frozen, multiple = found["numbers"].tolist()
-        self.known_at, self.frozen = int(known_at), bool(frozen)
+        due_at, self.noise_factor, self.shape, frozen, multiple, *known = found["numbers"].tolist()
+        self.due_at, self.frozen = int(due_at), bool(frozen)
+        self.known = {name: p for (name, p), seen in zip(self.matrices.items(), known, strict=True) if seen}
         if self.dual is not None:
             self.dual.load({"log_multiple": multiple})
 

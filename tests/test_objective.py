@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import ROOT, build_job, config
 from torch import Tensor
 
@@ -81,7 +82,6 @@ def test_a_term_of_no_consequence_leaves_the_losses_bit_for_bit(tiny_env):
     """An interval beyond the run: hooks are there, nothing is added."""
     plain, hooked = build_job(tiny_env), build_job(tiny_env | INT8 | {
         "RUN_ID": "hooked", "COMPRESSION_REG_WEIGHT": "5", "COMPRESSION_REG_INTERVAL": "1000000"})
-    hooked.objective.cfg.__dict__  # built
     hooked.step = plain.step = 1        # step 0 is a multiple of every interval
     assert stepped(plain, 4) == stepped(hooked, 4)
 
@@ -214,7 +214,8 @@ def test_rd_terms_see_the_steps_of_the_export(tiny_env):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("view", [INT8, RD], ids=["int8", "rd"])
 def test_every_rate_model_trains_and_lowers_its_bits(tiny_env, view, model):
-    knobs = view | WHOLE | {"RATE_REG_MODEL": model, "ITERATIONS": "14", "EXPORT_GRID_EVERY": "100"}
+    every = "100" if view is RD else "4"        # rd spends what it is given, so its grid must stay to show a change
+    knobs = view | WHOLE | {"RATE_REG_MODEL": model, "ITERATIONS": "14", "EXPORT_GRID_EVERY": every}
 
     def bits(weight: str) -> float:
         job = trained(tiny_env, knobs | {"RATE_REG_WEIGHT": weight, "RUN_ID": f"w{weight}"}, 14)
@@ -236,28 +237,27 @@ def test_the_rate_weight_follows_the_target(tiny_env):
 def test_noise_is_uniform_of_its_step_and_gone_after_the_passes(tiny_env, view):
     knobs = view | {"NOISE_QAT_STEP_SIGMAS": "0.5", "NOISE_QAT_START_FRAC": "0", "ITERATIONS": "40"}
     job = trained(tiny_env, knobs, 2)
-    job.steps_left, before = 30, weights_of(job)
+    job.steps_left, before, job.objective.due_at = 30, weights_of(job), 0
     job.objective.before(job)
     noisy, seen = weights_of(job), job.objective
     job.objective.after(job)
     after, shares = weights_of(job), []
     for name, p in before.items():
         assert torch.equal(after[name], p), name
-        if name not in seen.matrices:
+        if name not in seen.known:
             assert torch.equal(noisy[name], p)
             continue
         spread = p.square().mean(1, keepdim=True).sqrt()
         step = seen.grids[name].step * seen.noise_factor if view is RD else 0.5 * spread
         shares.append(((noisy[name] - p) / step).flatten())
-        if name.startswith("blocks.0"):     # proj weights start at zero
-            assert float((noisy[name] - p).abs().max()) > 0 or float(p.abs().max()) == 0
+        assert float((noisy[name] - p).abs().max()) > 0
     noise = torch.cat([s[s.isfinite()] for s in shares])
     assert float(noise.abs().max()) <= 0.5 + 1e-3
     assert float(noise.var()) == pytest.approx(1 / 12, rel=0.05)
     if view is RD:
         logs = torch.cat([(g.step * seen.noise_factor / before[n].square().mean(1, keepdim=True).sqrt()).log2().flatten()
                           for n, g in seen.grids.items()])
-        assert float(logs.mean()) == pytest.approx(-1, abs=0.5)    # in the geometric mean the step asked for
+        assert float(logs.mean()) == pytest.approx(-1, abs=1e-3)    # in the geometric mean the step asked for
 
 
 def test_noise_sets_in_where_it_should_and_is_that_of_the_step(tiny_env):
@@ -294,7 +294,7 @@ def test_the_grid_of_the_last_phase_is_that_of_its_start(tiny_env):
     job = trained(tiny_env, RD | {"FINISH_STEPS": "4", "ITERATIONS": "8", "EXPORT_GRID_EVERY": "1"}, 5)
     grids = {name: grid.step.clone() for name, grid in job.objective.grids.items()}
     stepped(job, 2)
-    assert job.objective.known_at == 4
+    assert job.objective.frozen
     assert all(torch.equal(grid.step, grids[name]) for name, grid in job.objective.grids.items())
 
 
@@ -333,7 +333,8 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     assert all(torch.equal(p, weights_of(whole)[name]) for name, p in weights_of(second).items())
 
 
-@pytest.mark.parametrize("view", [INT8 | {"RATE_REG_MODEL": "entropy"}, RD | {"RATE_REG_MODEL": "waterfill"}], ids=["int8", "rd"])
+@pytest.mark.parametrize("view", [INT8 | {"RATE_REG_MODEL": "entropy"}, RD | {"RATE_REG_MODEL": "waterfill"}],
+                         ids=["int8", "rd"])
 def test_two_ranks_agree_with_one(tiny_env, view):
     env = tiny_env | EVERYTHING | view | {"ITERATIONS": "8", "TRAIN_LOG_EVERY": "1", "FINAL_ROUNDTRIP_EVAL": "0"}
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "TMPDIR")}
@@ -350,7 +351,8 @@ def test_two_ranks_agree_with_one(tiny_env, view):
     assert {"train", "terms"} <= {row["kind"] for row in one}
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"train_ms", "kind"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-4), (a, b)
+            room = 0.02 if a["kind"] == "terms" else 2e-4       # a step of rd's that is rounded the other way
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=room), (a, b)
 
 
 def test_one_may_branch_off_another_run_and_not_change_ones_own(tiny_env):
@@ -366,6 +368,18 @@ def test_one_may_branch_off_another_run_and_not_change_ones_own(tiny_env):
     job.restore(path)
     stepped(job, 1)
     assert job.objective.values["reconstruction"] > 0
+
+
+def test_matrices_of_zeros_are_left_out_until_they_are_none(tiny_env):
+    """Projections start at zero: a grid for that would be as fine as the numbers allow."""
+    job = trained(tiny_env, RD | WHOLE | TERMS | {"ITERATIONS": "8"}, 1)
+    zero = {f"blocks.{i}.{part}.proj.weight" for i in range(3) for part in ("attn", "mlp")}
+    assert set(job.objective.matrices) - set(job.objective.known) == zero
+    stepped(job, 1)
+    assert set(job.objective.known) == set(job.objective.matrices)
+    assert job.objective.due_at == 1 + job.cfg.export_grid_every
+    stepped(job, 2)
+    assert all(bool(v.isfinite()) and float(v) < 1e3 for v in job.objective.values.values()), job.objective.values
 
 
 def test_with_terms_the_export_is_held_across_a_resume(tiny_env):
@@ -388,7 +402,7 @@ def test_a_whole_run_logs_its_terms_in_their_units(tiny_env, capsys):
 
 
 @pytest.mark.parametrize(("knobs", "message"), [
-    ({"COMPRESSION_REG_WEIGHT": "1", "EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "512"}, "EXPORT_ALLOCATE must be uniform"),
+    ({"FINISH_STEPS": "1", "EXPORT_ALLOCATE": "hessian", "CALIBRATION_TOKENS": "512"}, "EXPORT_ALLOCATE must be uniform"),
     ({"NOISE_QAT_STEP_SIGMAS": "1", "CAP_POLICY": "fit"}, "CAP_POLICY not fit"),
     ({"FINISH_STEPS": "1", "INT8_AXIS_MODE": "auto"}, "INT8_AXIS_MODE not auto"),
     ({"RATE_TARGET_BITS": "3"}, "RATE_TARGET_BITS needs RATE_REG_WEIGHT"),
@@ -396,6 +410,7 @@ def test_a_whole_run_logs_its_terms_in_their_units(tiny_env, capsys):
     ({"RATE_REG_WEIGHT": "1", "RATE_REG_NU": "5"}, "RATE_REG_NU must be 0 or in 0.1..3, got 5"),
     ({"NOISE_QAT_START_FRAC": "1"}, "NOISE_QAT_START_FRAC must be below 1, got 1"),
     ({"FINISH_STEPS": "5"}, "FINISH_STEPS must be at most ITERATIONS=4, got 5"),
+    ({"TERNARY_REG_WEIGHT": "1"}, "no matrix is exported in int8, so the terms of group Objective have nothing to see"),
     ({"COMPRESSION_REG_INTERVAL": "0"}, "COMPRESSION_REG_INTERVAL must be at least 1, got 0"),
     ({"TERNARY_REG_WEIGHT": "-1"}, "TERNARY_REG_WEIGHT must be at least 0, got -1"),
     ({"RATE_REG_MODEL": "huffman"}, "RATE_REG_MODEL must be one of backslash, entropy, coder, waterfill, got 'huffman'"),
