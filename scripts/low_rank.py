@@ -16,7 +16,6 @@ as a share of all that rd loses. Where that share alone is above 1, no quantiser
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,7 +164,7 @@ def table(rows: Sequence[Row], rates: Sequence[float]) -> Iterator[str]:
 def command_line() -> argparse.ArgumentParser:
     parser = export_verbs.OneLineParser(prog="low_rank.py", description="Low rank against rd at equal bytes.")
     parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("-o", "--output", metavar="OUT.json")
+    parser.add_argument("-o", "--output", type=export_verbs.output_path, metavar="OUT.json")
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL")
     parser.add_argument("--device", default="auto")
@@ -182,8 +181,6 @@ def main(arguments: list[str]) -> int:
         for flag, values, most in (("--rates", args.rates, export.FINEST_BITS), ("--ranks", args.ranks, 1.0)):
             if wrong := [value for value in values if not 0 < value <= most]:
                 raise ValueError(f"{flag} must be above 0 and at most {most:g}, got {', '.join(f'{v:g}' for v in wrong)}")
-        if args.output and not Path(args.output).parent.is_dir():
-            raise ValueError(f"--output {args.output}: no folder {Path(args.output).parent}")
         subjects = [Subject(path, *export_verbs.read_with_meta(path, []), args) for path in args.checkpoints]
         rows = []
         for row in (row for subject in subjects for row in measure(subject, args)):
@@ -192,11 +189,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as fault:
         print(f"low_rank.py: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
-    text = "\n".join(table(rows, args.rates))
-    if args.output:
-        export.write_atomically(Path(args.output), (json.dumps({"rows": rows, "table": text}, indent=1) + "\n").encode())
-    print(text)
-    return 0
+    return export_verbs.publish(rows, table(rows, args.rates), args.output)
 
 
 if __name__ == "__main__":

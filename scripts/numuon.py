@@ -42,7 +42,8 @@ class NuMuon(Muon):
 
     def update(self, p: Tensor, momentum: Tensor) -> Tensor:
         full = min(p.shape)
-        rank = math.ceil(rank_fraction(self.cfg, self.param_groups[0]["progress"]) * full)
+        share = rank_fraction(self.cfg, self.param_groups[0]["progress"])
+        rank = max(1, math.ceil(share * full - 1e-9))       # 0.7 of 10 is 7, not the 8 that rounding makes of it
         if rank == full:
             return self.orthogonalise(momentum, self.backend_steps, self.dtype)
         g = momentum if p.size(0) <= p.size(1) else momentum.T

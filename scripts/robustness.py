@@ -13,14 +13,12 @@ Figures are val_bpb minus that of the undamaged file, in thousandths (mbpb).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -142,7 +140,7 @@ def table(found: Sequence[Damage], args: argparse.Namespace) -> Iterator[str]:
 def command_line() -> argparse.ArgumentParser:
     parser = export_verbs.OneLineParser(prog="robustness.py", description="Pruning curves and corrupted codes.")
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("-o", "--output", metavar="OUT.json")
+    parser.add_argument("-o", "--output", type=export_verbs.output_path, metavar="OUT.json")
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL")
     parser.add_argument("--device", default="auto")
@@ -162,9 +160,7 @@ def faults_of(args: argparse.Namespace) -> list[str]:
                for flag, value, low in (("--draws", args.draws, 1), ("--seed", args.seed, 0)) if value < low]
     faults += [f"{value} is given twice" for values in (args.files, args.prune, args.corrupt)
                for value in dict.fromkeys(values) if values.count(value) > 1]
-    faults += [f"{path}: no such file" for path in args.files if not Path(path).is_file()]
-    folder = Path(args.output or ".").parent
-    return faults + [f"--output {args.output}: no folder {folder}"] * (not folder.is_dir())
+    return faults + [f"{path}: no such file" for path in args.files if not Path(path).is_file()]
 
 
 def main(arguments: list[str]) -> int:
@@ -180,12 +176,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as fault:
         print(f"robustness.py: {' '.join(str(fault).split())}", file=sys.stderr)
         return 2
-    rows: list[dict[str, Any]] = [asdict(damage) for damage in found]
-    text = "\n".join(table(found, args))
-    if args.output:
-        export.write_atomically(Path(args.output), (json.dumps({"rows": rows, "table": text}, indent=1) + "\n").encode())
-    print(text)
-    return 0
+    return export_verbs.publish([asdict(damage) for damage in found], table(found, args), args.output)
 
 
 if __name__ == "__main__":

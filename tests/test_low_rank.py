@@ -160,7 +160,7 @@ def test_a_checkpoint_becomes_a_table_and_a_verdict(command: list[str], tmp_path
     (["--rates", "0"], "--rates must be above 0 and at most 9, got 0"),
     (["--ranks", "1.5"], "--ranks must be above 0 and at most 1, got 1.5"),
     (["--states", "3"], "argument --states: invalid choice: 3"),
-    (["--output", "missing/out.json"], "--output missing/out.json: no folder missing"),
+    (["--output", "missing/out.json"], "argument -o/--output: no folder missing for missing/out.json"),
     (["--data", "nowhere"], "no fineweb_train_*.bin in nowhere"),
 ])
 def test_a_wrong_flag_ends_in_one_line(changes: list[str], fault: str, command: list[str],

@@ -196,6 +196,14 @@ def test_steps_equal_a_plain_implementation() -> None:
             torch.testing.assert_close(p.detach().double(), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("share", "full", "rank"), [("0.7", 10, 7), ("0.3", 10, 3), ("0.25", 10, 3), ("1e-9", 10, 1)])
+def test_the_rank_is_the_share_rounded_up(share: str, full: int, rank: int) -> None:
+    (p,), optimizer = numuon_of((full, 40), NUMUON_RANK_FRAC_FINAL=share)
+    optimizer.param_groups[0]["progress"] = 1.0
+    values = torch.linalg.svdvals(optimizer.update(p, random_matrix(full, 40)))
+    assert int((values > 0.5).sum()) == rank
+
+
 def test_the_full_rank_phase_is_newton_schulz_of_the_momentum() -> None:
     (p,), optimizer = numuon_of((24, 40))
     p.grad = random_matrix(24, 40, seed=5)

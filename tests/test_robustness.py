@@ -209,7 +209,7 @@ def test_files_become_a_table_and_figures(files: dict[str, Path], tiny_data: Tin
     (["--draws", "0"], "--draws must be at least 1, got 0"),
     (["--seed", "-1"], "--seed must be at least 0, got -1"),
     (["--corrupt", "0.1", "0.1"], "0.1 is given twice"),
-    (["--output", "missing/out.json"], "--output missing/out.json: no folder missing"),
+    (["--output", "missing/out.json"], "argument -o/--output: no folder missing for missing/out.json"),
     (["--prune", "some"], "argument --prune: invalid float value: 'some'"),
     (["--data", "nowhere"], "no fineweb_val_*.bin in nowhere"),
 ])
