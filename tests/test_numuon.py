@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 import numuon
 import train_gpt
 from numuon import NuMuon, leading_directions, rank_fraction, ranks, starting_block
-from train_gpt import Config, Runtime, orthogonalise, progress_of, train_step
+from train_gpt import Config, Runtime, orthogonalise, train_step
 
 NUMUON = {"MUON_VARIANT": "numuon"}
 RATE = 0.02
@@ -145,15 +145,6 @@ def test_rank_starts_to_fall_at_once_without_a_hold() -> None:
     assert [rank_fraction(cfg, p) for p in (0.0, 0.4, 0.8)] == pytest.approx([1.0, 0.75, 0.5])
 
 
-@pytest.mark.parametrize(("cap", "step", "elapsed_s", "expected"), [
-    ("0", 0, 99, 0.0), ("0", 25, 99, 0.25), ("0", 100, 99, 1.0), ("0", 101, 99, 1.0),      # steps count without a cap
-    ("60", 99, 0, 0.0), ("60", 1, 15, 0.25), ("60", 1, 60, 1.0), ("60", 1, 61, 1.0),       # and time with one
-])
-def test_progress_is_of_the_cap_or_of_the_steps(cap: str, step: int, elapsed_s: float, expected: float) -> None:
-    cfg = config({"MAX_WALLCLOCK_SECONDS": cap, "ITERATIONS": "100"})
-    assert progress_of(cfg, step, 1000 * elapsed_s) == expected
-
-
 def test_training_tells_the_optimiser_its_progress(tiny_env: dict[str, str]) -> None:
     job = build_job(tiny_env | NUMUON | {"WARMUP_STEPS": "2"})
     seen: list[float] = []
@@ -170,6 +161,16 @@ def test_training_tells_the_optimiser_its_progress(tiny_env: dict[str, str]) -> 
         seen.clear()
         train_gpt.train(job)
     assert list(dict.fromkeys(seen)) == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_the_clock_ends_the_progress_of_a_capped_run(tiny_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = build_job(tiny_env | NUMUON | {"ITERATIONS": "1000", "MAX_WALLCLOCK_SECONDS": "4"})
+    monkeypatch.setattr(job.clock, "elapsed_ms", lambda: 1000.0 * job.step)
+    seen: list[float] = []
+    step = train_gpt.train_step
+    monkeypatch.setattr(train_gpt, "train_step", lambda *given: (seen.append(given[3]), step(*given))[1])
+    train_gpt.train(job)
+    assert seen == pytest.approx([0.0, 0.25, 0.5, 0.75])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
