@@ -3,7 +3,7 @@
     python scripts/robustness.py FILE... --data DIR --tokenizer MODEL [--prune 10 30 50] [--corrupt 0.01] [-o OUT.json]
 
 Pruning sets the smallest so many percent of each matrix, by magnitude, to zero. Corruption replaces a random share of the
-stored integers of an artifact's matrices, each by another one drawn evenly from the range that its tensor uses; --draws
+stored integers of an artifact's matrices, each by another one of its tensor, drawn as often as they occur there; --draws
 seeded draws give mean and spread. In a file with a trellis the stored integers are positions without their parity: a wrong
 one puts the rest of its column on another path, where the integers stay and their parities change. That is counted too,
 as a reader of the damaged file would meet it. FILE is an artifact or a checkpoint; checkpoints have no codes to corrupt.
@@ -66,13 +66,14 @@ def corrupted(artifact: Artifact, share: float, rng: np.random.Generator) -> dic
 
 
 def replaced(codes: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Codes of which a random share is another one of the range that they span; as they are where it holds one only."""
-    low, high = int(codes.min()), int(codes.max())
-    if low == high:
+    """Codes of which a random share is another one of them, as frequent ones more often; as they are where all are equal."""
+    known = np.sort(codes, axis=None)
+    first, end = (np.searchsorted(known, codes, side) for side in ("left", "right"))
+    if known[0] == known[-1]:
         return codes
-    drawn = rng.integers(low, high, codes.shape)
-    drawn += drawn >= codes                             # never the code that was there
-    return np.where(rng.random(codes.shape) < share, drawn, codes).astype(codes.dtype)
+    drawn = rng.integers(0, known.size - (end - first))
+    drawn += np.where(drawn >= first, end - first, 0)   # never a code equal to the one that was there
+    return np.where(rng.random(codes.shape) < share, known[drawn], codes)
 
 
 def levels_of(positions: np.ndarray, states: int) -> np.ndarray:

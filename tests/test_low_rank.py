@@ -118,7 +118,7 @@ def test_a_rate_without_a_row_has_a_dash() -> None:
     assert list(low_rank.table([row], [1.0, 2.0])) == [
         "| c | full, rank, stable rank | 1 bits | 2 bits |", "|---|---|---|---|",
         "| q | 8, 7, 2.5 | - | -0.25 (rank 50%, truncation 0.25) |", "",
-        "low rank wins: c q at 2 bits by 0.250 bits", "low_rank_better:1 of:1 verdict:alive"]
+        "low rank wins: c q at 2 bits by 0.250 bits", "low_rank_better:1 of:1"]
 
 
 def test_the_best_rank_stands_for_low_rank() -> None:
@@ -152,7 +152,7 @@ def test_a_checkpoint_becomes_a_table_and_a_verdict(command: list[str], tmp_path
              "mlp.proj.weight", "tok_emb.weight"]
     assert sorted(row.split("|")[1].strip() for row in rows) == roles
     won = sum(row["excess_bits"] < 0 for row in written["rows"])
-    assert verdict == f"low_rank_better:{won} of:7 verdict:{'alive' if won else 'dead'}"
+    assert verdict == f"low_rank_better:{won} of:7"
     assert capsys.readouterr().out.endswith(written["table"] + "\n")
 
 

@@ -156,7 +156,16 @@ def test_positions_of_their_levels_follow_the_trellis(states: int) -> None:
             state = following[state, position // 2 % 2]
 
 
-def test_a_replaced_code_is_another_one_of_its_range() -> None:
+def test_a_replaced_code_is_drawn_from_the_others_as_they_occur() -> None:
+    codes = np.repeat(np.array([-7, 0, 2], np.int8), (3000, 6000, 1000))
+    found = replaced(codes, 1.0, np.random.default_rng(1))
+    shares = {-7: (0, 6 / 7, 1 / 7), 0: (3 / 4, 0, 1 / 4), 2: (1 / 3, 2 / 3, 0)}
+    for code, wanted in shares.items():
+        own = found[codes == code]
+        assert [float((own == c).mean()) for c in shares] == pytest.approx(wanted, abs=0.08)
+
+
+def test_every_other_code_can_replace_one() -> None:
     codes = np.repeat(np.arange(-3, 4, dtype=np.int8), 500)
     found = replaced(codes, 1.0, np.random.default_rng(1))
     assert (found != codes).all()
