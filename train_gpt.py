@@ -190,6 +190,10 @@ class Config(ExportOptions, ModelShape):
         choices=("auto", "float32", "bfloat16"))
     muon_momentum_warmup_start: float = knob(0.85, "Optimiser", "momentum at step 0")
     muon_momentum_warmup_steps: int = knob(500, "Optimiser", "steps from there to MUON_MOMENTUM; 0 = none")
+    muon_variant: str = knob("muon", "Optimiser", "numuon = updates of falling rank", choices=("muon", "numuon"))
+    numuon_rank_frac_final: float = knob(0.25, "Optimiser", "rank of an update from 80 % of the run on; 1 = full")
+    numuon_rank_schedule: str = knob("cosine", "Optimiser", "how it falls until then", choices=("cosine", "linear"))
+    numuon_hold_frac: float = knob(0.1, "Optimiser", "share of the run, from its start, at full rank")
     beta1: float = knob(0.9, "Optimiser", "Adam")
     beta2: float = knob(0.95, "Optimiser", "Adam")
     adam_eps: float = knob(1e-8, "Optimiser", "Adam")
@@ -287,6 +291,7 @@ class Config(ExportOptions, ModelShape):
             (self.sensitivity_map, f"SENSITIVITY_MAP={self.sensitivity_map}", "sensitivity_map"),
             *((getattr(self, name), f"{name.upper()}={getattr(self, name):g}", "objective") for name in TERMS),
             (self.artifact_every > 0, f"ARTIFACT_EVERY={self.artifact_every}", "size_gauge"),
+            (self.muon_variant == "numuon", "MUON_VARIANT=numuon", "numuon"),
         ) if wanted}
 
     def problems(self) -> list[str]:
@@ -305,6 +310,9 @@ class Config(ExportOptions, ModelShape):
             (rd and not self.calibration_tokens, "EXPORT_SCHEME=rd needs CALIBRATION_TOKENS"),
             (rd and self.artifact_every > 0, "ARTIFACT_EVERY measures EXPORT_SCHEME=int8_zlib alone; unset one of them"),
             (self.export_tune_steps > 0 and not rd, "EXPORT_TUNE_STEPS needs EXPORT_SCHEME=rd"),
+            (not 0 < self.numuon_rank_frac_final <= 1,
+             f"NUMUON_RANK_FRAC_FINAL must be above 0 and at most 1, got {self.numuon_rank_frac_final}"),
+            (self.numuon_hold_frac >= 0.8, f"NUMUON_HOLD_FRAC must be below 0.8, got {self.numuon_hold_frac}"),
         ) if wrong]
         found += self.objective_problems()
         if self.adam_eps <= 0:
@@ -377,8 +385,8 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     known = {f.name.upper() for f in fields(Config)}
     families = (
         "ARTIFACT_", "CALIBRATION_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
-        "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_", "VAL_",
-        "WARMDOWN_", "WARMUP_")
+        "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "NUMUON_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_",
+        "VAL_", "WARMDOWN_", "WARMUP_")
     found = []
     for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.88)
@@ -432,6 +440,8 @@ class Runtime:
              f"SDP_BACKEND={cfg.sdp_backend} is a kernel of cuda, the device is {self.device.type}; use auto"),
             (cfg.sdp_backend in ("flash", "cudnn") and (cfg.window_size > 0 or self.dtype is torch.float32),
              f"SDP_BACKEND={cfg.sdp_backend} takes neither WINDOW_SIZE's mask nor float32; use auto"),
+            (cfg.muon_variant == "numuon" and self.device.type == "mps",
+             "MUON_VARIANT=numuon computes in float64, which DEVICE=mps cannot; use another device or muon"),
         ) if wrong]
 
     def start(self, sdp_backend: str) -> None:
@@ -489,16 +499,16 @@ class Runtime:
             dist.all_reduce(values, op=op)
         return values
 
-    def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's bytes on every rank; the others pass anything."""
+    def broadcast(self, data: bytes, source: int = 0) -> bytes:
+        """The bytes of the rank `source` on every rank; the others pass anything."""
         if self.world_size == 1:
             return data
         size = torch.tensor(len(data), device=self.device)
-        dist.broadcast(size, src=0)
+        dist.broadcast(size, src=source)
         buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if self.master:
+        if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(buffer, src=source)
         return buffer.cpu().numpy().tobytes()
 
     def peak_memory_mib(self) -> tuple[int, int]:
@@ -1077,12 +1087,12 @@ def orthogonalise(g: Tensor, steps: int, dtype: torch.dtype, eps: float = 1e-7) 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz. Each rank updates every world_size-th matrix and holds its momentum; one
+    """Momentum orthogonalised by Newton-Schulz. Each rank updates every world_size-th matrix and holds its state; one
     all-reduce of the updates (the others contribute zeros) gives all ranks the same weights.
     """
 
     def __init__(self, params: Sequence[Tensor], lr: float, backend_steps: int, dtype: torch.dtype, rt: Runtime):
-        super().__init__(params, {"lr": lr, "momentum": 0.0})
+        super().__init__(params, {"lr": lr, "momentum": 0.0, "progress": 0.0})
         self.backend_steps, self.dtype, self.rt = backend_steps, dtype, rt
         self.orthogonalise = rt.compile(orthogonalise)
 
@@ -1097,6 +1107,19 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         return state["momentum_buffer"]
 
+    def gathered(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The state of every matrix, sent by the rank that holds it; all ranks must iterate."""
+        for owner, p, mine in self.owned():
+            state = self.state.get(p, {})
+            yield p, state if self.rt.world_size == 1 else load_safetensors(
+                self.rt.broadcast(save_safetensors(state) if mine else b"", owner))
+
+    def update(self, p: Tensor, momentum: Tensor) -> Tensor:
+        """The direction of a step of p, before its scale by shape."""
+        assert p.grad is not None
+        nesterov = p.grad.add(momentum, alpha=self.param_groups[0]["momentum"])
+        return self.orthogonalise(nesterov, self.backend_steps, self.dtype)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         group = self.param_groups[0]
@@ -1106,9 +1129,7 @@ class Muon(torch.optim.Optimizer):
         for (_, p, mine), slot in zip(self.owned(), slots, strict=True):
             if mine and p.grad is not None:
                 momentum = self.momentum_of(p).mul_(group["momentum"]).add_(p.grad)
-                nesterov = p.grad.add(momentum, alpha=group["momentum"])
-                update = self.orthogonalise(nesterov, self.backend_steps, self.dtype) * max(1, p.size(0) / p.size(1)) ** 0.5
-                slot.copy_(update.flatten())
+                slot.copy_((self.update(p, momentum) * max(1, p.size(0) / p.size(1)) ** 0.5).flatten())
         self.rt.reduce(updates)
         for p, slot in zip(group["params"], slots, strict=True):
             p.add_(slot.view_as(p).to(p.dtype), alpha=-group["lr"])
@@ -1128,10 +1149,11 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.O
         return torch.optim.Adam(params, lr=lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     muon_dtype = rt.dtype if cfg.muon_dtype == "auto" else getattr(torch, cfg.muon_dtype)
+    given = matrices, cfg.matrix_lr, cfg.muon_backend_steps, muon_dtype, rt
     optimizers = [
         adam([model.tok_emb.weight], cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr),
         *([adam(head, cfg.head_lr)] if head else []),
-        Muon(matrices, cfg.matrix_lr, cfg.muon_backend_steps, muon_dtype, rt),
+        tool("numuon").NuMuon(cfg, *given) if cfg.muon_variant == "numuon" else Muon(*given),
         adam(vectors, cfg.scalar_lr)]
     grouped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), "optimiser groups must partition the parameters"
@@ -1193,19 +1215,12 @@ class CheckpointError(ValueError):
 
 
 def optimizer_tensors(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All optimiser state by parameter name, `optimizer.<name>.<key>`; every rank must call, Muon's momentum is gathered."""
+    """All optimiser state by parameter name, `optimizer.<name>.<key>`; every rank must call, Muon's state is gathered."""
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            for owner, p, mine in optimizer.owned():
-                buffer = optimizer.momentum_of(p) if mine else torch.zeros_like(p)
-                if optimizer.rt.world_size > 1:
-                    dist.broadcast(buffer, src=owner)
-                found[f"optimizer.{names[id(p)]}.momentum_buffer"] = buffer
-        else:
-            for p, state in optimizer.state.items():
-                found |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
+        for p, state in optimizer.gathered() if isinstance(optimizer, Muon) else optimizer.state.items():
+            found |= {f"optimizer.{names[id(p)]}.{key}": value for key, value in state.items()}
     return found
 
 
@@ -1420,7 +1435,7 @@ class Job:
         self.folder.log(f"resumed: step:{self.step} from {path}")
 
 
-def train_step(job: Job, lr: float, momentum: float) -> Tensor:
+def train_step(job: Job, lr: float, momentum: float, progress: float = 0.0) -> Tensor:
     """One update over the global batch; returns this rank's mean cross-entropy in nats per token."""
     micro_steps = job.loader.per_rank
     if job.objective is not None:
@@ -1442,7 +1457,7 @@ def train_step(job: Job, lr: float, momentum: float) -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr
             if isinstance(optimizer, Muon):
-                group["momentum"] = momentum
+                group["momentum"], group["progress"] = momentum, progress
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return mean_ce / micro_steps
@@ -1454,7 +1469,7 @@ def warm_up(job: Job) -> None:
     weights = {name: t.clone() for name, t in job.model.state_dict().items()}
     rng, known = random_state(job.rt), job.objective.state() if job.objective is not None else {}
     for step in range(job.cfg.warmup_steps):
-        train_step(job, 1.0, muon_momentum(job.cfg, 0))
+        train_step(job, 1.0, muon_momentum(job.cfg, 0), step / job.cfg.warmup_steps)
         if step < 20 or (step + 1) % 10 == 0:
             job.folder.log(f"warmup_step:{step + 1}/{job.cfg.warmup_steps}")
     job.model.load_state_dict(weights)
@@ -1553,7 +1568,7 @@ def train(job: Job) -> EvalResult:
             # The calibration ahead counts as spent: it lies inside the training time.
             spent_ms = elapsed_ms + calibration_ms(cfg, job.step, elapsed_ms)
             lr, job.steps_left = lr_scale(cfg, job.step, spent_ms), steps_left(cfg, job.step, spent_ms)
-            loss = train_step(job, lr, muon_momentum(cfg, job.step))
+            loss = train_step(job, lr, muon_momentum(cfg, job.step), job.step / max(job.step + job.steps_left, 1))
             job.step += 1
             watch.push(lr, loss)
             elapsed_ms, signal_number = agree(job, signals)

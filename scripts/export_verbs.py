@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -247,6 +247,22 @@ def calibrate_state(state: Mapping[str, Tensor], meta: Mapping[str, Any], *, dat
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def output_path(text: str) -> Path:
+    """The type of a flag whose file is written after long work: its folder must be there before."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent} for {text}")
+    return Path(text)
+
+
+def publish(rows: Sequence[Mapping[str, Any]], lines: Iterable[str], output: Path | None) -> int:
+    """Prints the lines of a table; a file takes them and the rows that they were made from."""
+    text = "\n".join(lines)
+    if output:
+        write_atomically(output, (json.dumps({"rows": rows, "table": text}, indent=1) + "\n").encode())
+    print(text)
+    return 0
 
 
 def as_flags(arguments: Iterable[str]) -> list[str]:

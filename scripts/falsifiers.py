@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import re
 import sys
@@ -719,7 +718,7 @@ def main(argv: list[str]) -> int:
     parser = export_verbs.OneLineParser(prog="falsifiers.py")
     parser.add_argument("verb", choices=tuple(VERBS))
     parser.add_argument("checkpoints", nargs="+")
-    parser.add_argument("-o", "--output", metavar="OUT")
+    parser.add_argument("-o", "--output", type=export_verbs.output_path, metavar="OUT")
     parser.add_argument("--data", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--device", default="auto")
@@ -737,11 +736,7 @@ def main(argv: list[str]) -> int:
     for row in measure(subjects, args):
         rows.append(row)
         print(" ".join(f"{k}:{v:.4f}" if isinstance(v, float) else f"{k}:{v}" for k, v in row.items()), flush=True)
-    text = "\n".join(table(rows))
-    if args.output:
-        export.write_atomically(Path(args.output), (json.dumps({"rows": rows, "table": text}, indent=1) + "\n").encode())
-    print(text)
-    return 0
+    return export_verbs.publish(rows, table(rows), args.output)
 
 
 if __name__ == "__main__":

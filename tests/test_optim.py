@@ -340,16 +340,17 @@ def build():
     return Job.build(cfg, rt, RunFolder(Path(cfg.log_dir) / cfg.run_id, rt.master), data)
 
 job = build()
-losses = [float(rt.reduce(train_step(job, 1.0, 0.9))) / rt.world_size for _ in range(3)]
+progress = float(sys.argv[2])
+losses = [float(rt.reduce(train_step(job, 1.0, 0.9, progress))) / rt.world_size for _ in range(3)]
 weights = {name: t.clone() for name, t in job.model.state_dict().items()}
 job.step = 3
 path = job.save()
 result = job.evaluate(job.compiled, 0)
 message = rt.broadcast(b"from rank 0" if rt.master else b"ignored")
-train_step(job, 1.0, 0.9)
+train_step(job, 1.0, 0.9, progress)
 resumed = build()
 resumed.restore(path)
-train_step(resumed, 1.0, 0.9)
+train_step(resumed, 1.0, 0.9, progress)
 same = all(torch.equal(a, b) for a, b in zip(job.model.parameters(), resumed.model.parameters(), strict=True))
 torch.save({"weights": weights, "losses": losses, "path": str(path), "message": message, "resumed_is_same": same,
             "eval": [result.val_loss, result.val_bpb, result.tokens, result.bytes]}, Path(sys.argv[1]) / f"rank{rt.rank}.pt")
@@ -357,19 +358,18 @@ rt.stop()
 """
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> list[dict[str, Any]]:
+def run_two_ranks(folder: Path, tiny_data: TinyData, progress: float = 0.0, **knobs: str) -> list[dict[str, Any]]:
     """What two processes over gloo got, started as torchrun starts them."""
-    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    } | tiny_knobs(tiny_data, folder) | SMOOTH | {"RUN_ID": "ranks", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    } | tiny_knobs(tiny_data, folder) | SMOOTH | {"RUN_ID": "ranks", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | knobs
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder)], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", WORKER, str(folder), str(progress)],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         ) for rank in range(2)
     ]
@@ -380,6 +380,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> 
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> list[dict[str, Any]]:
+    return run_two_ranks(tmp_path_factory.mktemp("ranks"), tiny_data)
 
 
 def test_two_ranks_equal_one(two_ranks: list[dict[str, Any]], one_rank: tuple[dict[str, Tensor], list[float]]) -> None:
