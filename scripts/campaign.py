@@ -14,7 +14,7 @@ A specification is that of scripts/sweep_spec.py (name, base, seeds, control, [k
     EXPORT_BITS = 3
 
 Places (DATA_PATH, TOKENIZER_PATH, LOG_DIR, DEVICE) come from the environment. Every arm keeps its final float weights; a
-score is the val_bpb of its artifact, written, read back and evaluated, and stands in LOG_DIR/NAME_ARM_sSEED/scores.json. Arms
+score is the val_bpb of its artifact, written, read back and evaluated; it stands in LOG_DIR/NAME_ARM_sSEED/scores.json. Arms
 of a seed share data, initial weights and everything up to the branch: their differences spread far less than runs do.
 """
 from __future__ import annotations

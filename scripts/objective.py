@@ -59,6 +59,13 @@ class Grid:
     def step(self) -> Tensor:
         return self.rows * self.cols
 
+    def noise_step(self, factor: float) -> Tensor:
+        """So many times the step, and no more error than the weights themselves, which is what rounding to zero makes
+        (reverse water-filling; Cover & Thomas 2006, section 10.3.3).
+        """
+        rms = self.step * torch.exp2(self.level) * (np.pi / 2) ** 0.5       # of a Gaussian with this mean magnitude
+        return torch.minimum(self.step * factor, rms * 12**0.5)
+
 
 def water_filled(job: Job, names: list[str]) -> dict[str, Grid]:
     """The grids that an export of now would choose, from the training tokens that come next, the same on every rank."""
@@ -123,7 +130,9 @@ class Objective:
         self.kept: dict[str, Tensor] = {}       # weights while others stand in their place
         self.values: dict[str, Tensor] = {}     # of the last evaluation
         self.due_at = 0                 # step of the next refresh
-        self.frozen = False             # the last phase has begun, on the grid of its first step
+        # 1 = noise, 2 = rounding, each on the grid of its first step: noise makes idle what has coarse steps, and what is
+        # idle gets coarser ones. With a new grid every 50 steps 4x128 diverged.
+        self.phase = 0
         self.device = job.rt.device
 
     def rates_by(self, model: str) -> bool:
@@ -136,11 +145,12 @@ class Objective:
         cfg = self.cfg
         finishes = bool(cfg.finish_steps) and job.steps_left <= cfg.finish_steps
         noisy = cfg.noise_qat_step_sigmas > 0 and job.step >= cfg.noise_qat_start_frac * (job.step + job.steps_left)
-        due = not self.frozen and job.step >= self.due_at
-        if (due and (self.terms or cfg.rate_reg_weight or noisy)) or (finishes and not self.frozen):
+        phase = 2 if finishes else int(noisy)
+        due = job.step >= self.due_at and (not phase or len(self.known) < len(self.matrices))
+        if phase > self.phase or (due and (self.terms or cfg.rate_reg_weight or phase)):
             self.refresh(job)
-        self.frozen = finishes
-        if not (finishes or noisy):
+        self.phase = phase
+        if not phase:
             return
         generator = self.generator(job)
         with torch.no_grad():
@@ -153,7 +163,7 @@ class Objective:
     def noisy(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows with uniform noise: as rd lays its steps out, else of one step in each row's own spread."""
         spread = rows.square().mean(1, keepdim=True).sqrt() * self.cfg.noise_qat_step_sigmas
-        step = self.grids[name].step * self.noise_factor if self.rd else spread
+        step = self.grids[name].noise_step(self.noise_factor) if self.rd else spread
         return rows + step * (torch.rand(rows.shape, generator=generator, device=rows.device) - 0.5)
 
     def after(self, job: Job) -> None:
@@ -277,8 +287,8 @@ class Objective:
 
     def mean_spread(self) -> float:
         """Geometric mean over all weights of their row's spread in their steps; rd."""
-        logs = [(0.5 * p.float().square().mean(1, keepdim=True).clamp_min(TINY).log2() - self.grids[name].step.log2()).flatten()
-                for name, p in self.known.items()]
+        spreads = {name: p.float().square().mean(1, keepdim=True).clamp_min(TINY).sqrt() for name, p in self.known.items()}
+        logs = [(spread / self.grids[name].step).log2().flatten() for name, spread in spreads.items()]
         return float(2 ** torch.cat(logs).mean())
 
     # --- logs and checkpoints -------------------------------------------------------------------------------------------
@@ -294,7 +304,7 @@ class Objective:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the terms to come depend on, by names that a checkpoint can hold."""
-        numbers = [self.due_at, self.noise_factor, self.shape, self.frozen, self.dual.log_multiple if self.dual else 0.0]
+        numbers = [self.due_at, self.noise_factor, self.shape, self.phase, self.dual.log_multiple if self.dual else 0.0]
         known = [float(name in self.known) for name in self.matrices]
         found = {"numbers": torch.tensor(numbers + known, dtype=torch.float64)}
         for name, grid in self.grids.items():
@@ -310,8 +320,8 @@ class Objective:
         found = {key.removeprefix(NAME): t for key, t in tensors.items() if key.startswith(NAME)}
         if not found:
             return
-        due_at, self.noise_factor, self.shape, frozen, multiple, *known = found["numbers"].tolist()
-        self.due_at, self.frozen = int(due_at), bool(frozen)
+        due_at, self.noise_factor, self.shape, phase, multiple, *known = found["numbers"].tolist()
+        self.due_at, self.phase = int(due_at), int(phase)
         self.known = {name: p for (name, p), seen in zip(self.matrices.items(), known, strict=True) if seen}
         if self.dual is not None:
             self.dual.load({"log_multiple": multiple})
