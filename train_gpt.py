@@ -329,7 +329,8 @@ class Config(ExportOptions, ModelShape):
         return [text for wrong, text in (
             (self.has_objective and not plain, "training can see EXPORT_SCHEME=rd, or int8 steps that no solver chooses:"
              " with a knob of group Objective EXPORT_ALLOCATE must be uniform, CAP_POLICY not fit, INT8_AXIS_MODE not auto"),
-            (self.rate_target_bits > 0 and not self.rate_reg_weight, "RATE_TARGET_BITS needs RATE_REG_WEIGHT to start from"),
+            (0 < self.rate_target_bits < math.inf and not self.rate_reg_weight,
+             "RATE_TARGET_BITS needs RATE_REG_WEIGHT to start from"),
             (self.rate_target_bits > 0 and self.export_scheme == "rd",
              "RATE_TARGET_BITS is for int8 grids; EXPORT_SCHEME=rd ends at EXPORT_BITS or the cap by itself"),
             (not (self.rate_reg_nu == 0 or 0.1 <= self.rate_reg_nu <= 3),

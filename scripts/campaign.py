@@ -194,7 +194,8 @@ def cell(c: paired.Comparison, scores: Mapping[int, Any], control: Mapping[int, 
     return f"{1000 * c.difference:+.1f}{half}{mark}{more}"
 
 
-def main(arguments: list[str]) -> int:
+def arguments_of(arguments: list[str]) -> tuple[argparse.Namespace, Campaign]:
+    """Ends the program with one line where they are wrong."""
     parser = export_verbs.OneLineParser(prog="campaign.py")
     parser.add_argument("verb", choices=("run", "score", "table"))
     parser.add_argument("spec", type=Path)
@@ -206,17 +207,23 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         campaign = read_campaign(args.spec, os.environ)
-    except SpecError as error:
-        parser.error("; ".join(error.problems))
-    arms = args.only.split(",") if args.only else list(campaign.arms)
-    seeds = [int(s) for s in args.seeds.split(",")] if args.seeds else campaign.seeds
-    if unknown := [arm for arm in arms if arm not in campaign.arms]:
-        parser.error(f"{unknown[0]} is no arm; these are: {', '.join(campaign.arms)}")
+        args.only = args.only.split(",") if args.only else list(campaign.arms)
+        args.seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else campaign.seeds
+    except ValueError as error:
+        return parser.error("; ".join(str(error).splitlines()))
+    for given, known in ((args.only, campaign.arms), (args.seeds, campaign.seeds)):
+        if unknown := [one for one in given if one not in known]:
+            parser.error(f"{args.spec} has no {unknown[0]}; these are: {', '.join(map(str, known))}")
+    return args, campaign
+
+
+def main(arguments: list[str]) -> int:
+    args, campaign = arguments_of(arguments)
     if args.verb == "run":
-        return int(carry_out(campaign, args.spec, arms, seeds, args.slots, args.threads) > 0)
+        return int(carry_out(campaign, args.spec, args.only, args.seeds, args.slots, args.threads) > 0)
     if args.verb == "score":
-        for arm in arms:
-            for seed in seeds:
+        for arm in args.only:
+            for seed in args.seeds:
                 score(campaign, arm, seed)
         return 0
     text = "\n".join(table(campaign)) + "\n"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from train_gpt import Config  # noqa: E402  (the repository's root is not on the path before)
 
-GROUPS = ("Model", "Run", "Data", "Schedule", "Evaluation", "Checkpoint", "Optimiser", "Export")
+GROUPS = ("Model", "Run", "Data", "Schedule", "Evaluation", "Checkpoint", "Optimiser", "Objective", "Export")
 BEGIN, END = "<!-- knobs: made by scripts/knobs.py -->", "<!-- end of knobs -->"
 
 

@@ -169,7 +169,8 @@ def test_an_interval_counts_for_all_its_steps(tiny_env):
 
 def test_the_warm_up_is_linear(tiny_env):
     knobs = INT8 | WHOLE | {"COMPRESSION_REG_WEIGHT": "1", "COMPRESSION_REG_WARMUP_STEPS": "10"}
-    job, full = build_job(tiny_env | knobs), build_job(tiny_env | knobs | {"COMPRESSION_REG_WARMUP_STEPS": "0", "RUN_ID": "2"})
+    job = build_job(tiny_env | knobs)
+    full = build_job(tiny_env | knobs | {"COMPRESSION_REG_WARMUP_STEPS": "0", "RUN_ID": "full"})
     for step, share in ((0, 0.1), (4, 0.5), (9, 1.0), (30, 1.0)):
         job.step = full.step = step
         found, wanted = gradient_of_terms(job), gradient_of_terms(full)
@@ -315,12 +316,14 @@ def test_the_compiled_graph_is_one_and_sees_the_noise(tiny_env):
 # --- resume, ranks, branches --------------------------------------------------------------------------------------------
 
 EVERYTHING = TERMS | {"COMPRESSION_REG_INTERVAL": "2", "COMPRESSION_REG_SAMPLE_TENSORS": "5",
-                      "COMPRESSION_REG_MAX_COLS": "9", "NOISE_QAT_STEP_SIGMAS": "0.3", "NOISE_QAT_START_FRAC": "0.4", "FINISH_STEPS": "3", "ITERATIONS": "12",
+                      "COMPRESSION_REG_MAX_COLS": "9", "NOISE_QAT_STEP_SIGMAS": "0.3", "NOISE_QAT_START_FRAC": "0.4",
+                      "FINISH_STEPS": "3", "ITERATIONS": "12",
                       "RATE_REG_WEIGHT": "0.1", "EXPORT_GRID_EVERY": "5", "WARMUP_STEPS": "2"}
 
 
 @pytest.mark.parametrize("knobs", [INT8 | {"RATE_REG_MODEL": "coder", "RATE_TARGET_BITS": "3"},
-                                   RD | {"RATE_REG_MODEL": "coder"}, RD | {"RATE_REG_MODEL": "waterfill"}, INT8 | {"RATE_REG_MODEL": "backslash"}], ids=str)
+                                   RD | {"RATE_REG_MODEL": "coder"}, RD | {"RATE_REG_MODEL": "waterfill"},
+                                   INT8 | {"RATE_REG_MODEL": "backslash"}], ids=str)
 @pytest.mark.parametrize("at", [3, 10])
 def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     env = tiny_env | EVERYTHING | knobs

@@ -1,0 +1,97 @@
+"""Campaigns: arms that branch off one trunk, scored under several exports.
+
+Guarantees: an arm leaves its trunk at the branch and nowhere else; scores are those of files; a repeated call trains nothing
+twice; the table holds paired differences; a specification that cannot work is refused in one line.
+Run: bash scripts/test.sh tests/test_campaign.py (about 25 s).
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TinyData, tiny_knobs
+
+import campaign
+
+SPEC = """
+name = "t"
+seeds = [1, 2]
+control = "plain"
+branch = 2
+calibration_tokens = 512
+val_tokens = 512
+[knobs]
+{knobs}
+COMPRESSION_REG_INTERVAL = 1
+INT8_KEEP_FLOAT_MAX_NUMEL = 200
+[exports.int8]
+INT8_KEEP_FLOAT_MAX_NUMEL = 200
+[exports.rd2]
+EXPORT_SCHEME = "rd"
+EXPORT_BITS = 2
+TCQ_STATES = 8
+[arms.plain]
+[arms.ternary]
+TERNARY_REG_WEIGHT = 50
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, tiny_data: TinyData) -> Path:
+    knobs = tiny_knobs(tiny_data, tmp_path) | {"TRAIN_LOG_EVERY": "1"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in knobs.items() if name != "RUN_ID"]
+    path = tmp_path / "t.toml"
+    path.write_text(SPEC.format(knobs="\n".join(lines)))
+    return path
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["train_loss"] for row in rows if row["kind"] == "train"}
+
+
+def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys):
+    assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
+    trunk, arm = (tmp_path / "logs" / f"t_{name}_s1" for name in ("plain", "ternary"))
+    assert sorted(losses(trunk)) == [1, 2, 3, 4]
+    assert sorted(losses(arm)) == [3, 4]                            # the first two steps are the trunk's
+    assert losses(arm)[3] == losses(trunk)[3]                       # of the same weights
+    assert losses(arm)[4] != losses(trunk)[4]
+    scores = json.loads((arm / "scores.json").read_text())
+    assert list(scores) == ["float", "int8", "rd2"]
+    assert 0 < scores["rd2"]["bytes"] < scores["int8"]["bytes"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("logs/*/*") if path.name != "campaign.out"}
+    assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    capsys.readouterr()
+    assert campaign.main(["table", str(spec)]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["arm", "n", "float", "int8", "rd2"]
+    control = json.loads((trunk / "scores.json").read_text())
+    assert rows[3][:2] == ["ternary", "1"]
+    for text, name in zip(rows[3][2:], ("float", "int8", "rd2"), strict=True):
+        assert text.startswith(f"{1000 * (scores[name]['val_bpb'] - control[name]['val_bpb']):+.1f}")
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('control = "plain"', 'control = "none"', "control 'none' is no arm"),
+    ("TERNARY_REG_WEIGHT = 50", "TERNARY_REG_WEIGHT = -1", "arm ternary: TERNARY_REG_WEIGHT must be at least 0, got -1"),
+    ("EXPORT_BITS = 2", "EXPORT_BITS = 20", "export rd2: EXPORT_BITS must be at most 9, got 20"),
+    ("val_tokens = 512", "", "KeyError: 'val_tokens'"),
+    ("name =", "name", "Decode"),
+])
+def test_a_specification_that_cannot_work_is_refused_in_one_line(spec, capsys, old, new, message):
+    spec.write_text(spec.read_text().replace(old, new))
+    with pytest.raises(SystemExit) as ended:
+        campaign.main(["table", str(spec)])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("flag", [["--only", "nobody"], ["--seeds", "9"]])
+def test_an_unknown_arm_or_seed_is_refused(spec, capsys, flag):
+    with pytest.raises(SystemExit):
+        campaign.main(["table", str(spec), *flag])
+    assert f"has no {flag[1]}; these are: " in capsys.readouterr().err
