@@ -212,9 +212,9 @@ class Config(ExportOptions, ModelShape):
     outlier_reg_weight: float = knob(0.0, "Objective", "loss per squared excess of weights over the spread of their row")
     outlier_reg_sigmas: float = knob(4.0, "Objective", "spreads of a row from which on weights are in excess")
     outlier_reg_tensors: str = knob("*", "Objective", "tensors that this is aimed at, a pattern as of file names")
-    compression_reg_interval: int = knob(8, "Objective", "steps between evaluations of all terms, rate included", low=1)
+    compression_reg_interval: int = knob(16, "Objective", "steps between evaluations of all terms, rate included", low=1)
     compression_reg_warmup_steps: int = knob(0, "Objective", "steps over which all terms grow to their weights")
-    compression_reg_sample_tensors: int = knob(8, "Objective", "matrices an evaluation looks at; 0 = all")
+    compression_reg_sample_tensors: int = knob(4, "Objective", "matrices an evaluation looks at; 0 = all")
     compression_reg_max_cols: int = knob(512, "Objective", "columns of each that it looks at; 0 = all")
     rate_reg_weight: float = knob(0.0, "Objective", "loss per bit a weight of the artifact; 0 = off")
     rate_reg_model: str = knob(

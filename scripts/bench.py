@@ -45,7 +45,8 @@ def spread(seconds: list[float], scale: float = 1000) -> dict[str, float]:
             "max": round(scale * max(seconds), 3), "n": len(seconds)}
 
 
-def build(folder: Path) -> train_gpt.Job:
+def build(folder: Path, joins: bool = True) -> train_gpt.Job:
+    """A job of the environment's knobs; the first of a process joins the process group."""
     cfg, _ = train_gpt.Config.parse(os.environ)
     rt = train_gpt.Runtime.from_config(cfg, os.environ)
     cfg, problems = train_gpt.Config.parse((CPU_SHAPE if rt.device.type == "cpu" else {}) | dict(os.environ))
@@ -56,7 +57,8 @@ def build(folder: Path) -> train_gpt.Job:
     tokens = np.random.default_rng(0).integers(4, 260, 4_000_000, dtype=np.uint16)
     tokenizer = train_gpt.Tokenizer(folder / "byte260.json")
     data = train_gpt.Data(train_gpt.TokenStream([tokens]), tokens[:262_145], tokenizer, "none")
-    rt.start(cfg.sdp_backend)
+    if joins:
+        rt.start(cfg.sdp_backend)
     return train_gpt.Job.build(cfg, rt, train_gpt.RunFolder(folder / "run", rt.master), data)
 
 
