@@ -110,11 +110,15 @@ def train(campaign: Campaign, arm: str, seed: int, threads: int) -> None:
         subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, stdout=out, stderr=out, check=True)
 
 
+def scores_of(campaign: Campaign, arm: str, seed: int) -> dict[str, dict[str, Any]]:
+    path = campaign.folder(arm, seed) / "scores.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def score(campaign: Campaign, arm: str, seed: int) -> dict[str, dict[str, Any]]:
     """Bytes and val_bpb of every export that scores.json lacks; each goes there at once."""
     folder, knobs = campaign.folder(arm, seed), campaign.arms[arm]
-    path = folder / "scores.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    path, found = folder / "scores.json", scores_of(campaign, arm, seed)
     state, meta = export_verbs.read_with_meta(str(folder / "final_model.safetensors"), [])
     subject = Subject(str(folder), state, meta, argparse.Namespace(
         data=knobs["DATA_PATH"], tokenizer=knobs["TOKENIZER_PATH"], device=knobs.get("DEVICE", "auto"),
@@ -135,6 +139,8 @@ def carry_out(campaign: Campaign, spec: Path, arms: list[str], seeds: list[int],
         arm, seed = job
         try:
             train(campaign, arm, seed, threads)
+            if len(scores_of(campaign, arm, seed)) > len(campaign.exports):
+                return 0
             scoring = [sys.executable, __file__, "score", str(spec), "--only", arm, "--seeds", str(seed)]
             env = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
             subprocess.run(scoring, env=env, check=True, stdout=subprocess.DEVNULL)
@@ -156,8 +162,8 @@ def carry_out(campaign: Campaign, spec: Path, arms: list[str], seeds: list[int],
 
 def table(campaign: Campaign) -> Iterator[str]:
     """Markdown: an arm a row, an export a column: difference from the control in mbpb, its interval, and that of bytes."""
-    found = {arm: {seed: json.loads(path.read_text()) for seed in campaign.seeds
-                   if (path := campaign.folder(arm, seed) / "scores.json").exists()} for arm in campaign.arms}
+    found = {arm: {seed: scores for seed in campaign.seeds if (scores := scores_of(campaign, arm, seed))}
+             for arm in campaign.arms}
     control, names = found.pop(campaign.control), (FLOAT, *campaign.exports)
     yield f"| arm | n | {' | '.join(names)} |"
     yield "|---" * (len(names) + 2) + "|"

@@ -113,11 +113,11 @@ def test_the_train_loss_stays_the_cross_entropy(tiny_env):
 
 
 def test_terms_do_what_they_say(tiny_env):
-    """Ten steps under a strong term end with less of what it measures."""
+    """A few steps under a strong term end with less of what it measures."""
     def value(knobs: dict[str, str], term: Any) -> float:
-        job = trained(tiny_env, INT8 | WHOLE | {"ITERATIONS": "12", "RUN_ID": "r"} | knobs, 12)
+        job = trained(tiny_env, INT8 | WHOLE | {"ITERATIONS": "8", "RUN_ID": "r"} | knobs, 8)
         found = objective.Objective(job)
-        return float(sum(s.share * term(s) for s in found.samples(0)))
+        return float(sum(s.share * term(s).detach() for s in found.samples(0)))
 
     for knob, weight, term in (("COMPRESSION_GRID_REG_WEIGHT", "3", weight_terms.grid_distance),
                                ("TERNARY_REG_WEIGHT", "30", weight_terms.ternary_distance),
@@ -198,7 +198,7 @@ def test_int8_terms_see_the_very_integers_of_the_file(tiny_env):
 
 
 def test_rd_terms_see_the_steps_of_the_export(tiny_env):
-    job = trained(tiny_env, RD | WHOLE | {"COMPRESSION_REG_WEIGHT": "1", "EXPORT_GRID_EVERY": "1", "ITERATIONS": "9"}, 8)
+    job = trained(tiny_env, RD | WHOLE | {"COMPRESSION_REG_WEIGHT": "1", "ITERATIONS": "9"}, 8)
     job.objective.refresh(job)
     alone = export.tool("calibration").calibrate(job.model, iter([objective.batch_start(job, 512)]), job.rt, job.cfg.seed)
     made = export.encode_artifact(job.model.state_dict(), job.meta, job.cfg.export_options, statistics=alone)
@@ -214,15 +214,15 @@ def test_rd_terms_see_the_steps_of_the_export(tiny_env):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("view", [INT8, RD], ids=["int8", "rd"])
-def test_every_rate_model_trains_and_lowers_its_bits(tiny_env, view, model):
-    every = "100" if view is RD else "4"        # rd spends what it is given, so its grid must stay to show a change
-    knobs = view | WHOLE | {"RATE_REG_MODEL": model, "ITERATIONS": "14", "EXPORT_GRID_EVERY": every}
-
-    def bits(weight: str) -> float:
-        job = trained(tiny_env, knobs | {"RATE_REG_WEIGHT": weight, "RUN_ID": f"w{weight}"}, 14)
-        return float(job.objective.values["bits"])
-
-    assert bits("30") < bits("1e-9") - 0.02
+def test_against_its_gradient_every_rate_model_finds_fewer_bits(tiny_env, view, model):
+    job = trained(tiny_env, view | WHOLE | {"RATE_REG_MODEL": model, "RATE_REG_WEIGHT": "1", "ITERATIONS": "9"}, 4)
+    job.objective.due_at = job.step             # what it knows is of these weights
+    gradient, bits = gradient_of_terms(job), float(job.objective.values["bits"])
+    with torch.no_grad():
+        for name, p in job.objective.matrices.items():
+            p.sub_(0.01 * p.norm() / gradient[name].norm() * gradient[name])
+    gradient_of_terms(job)
+    assert float(job.objective.values["bits"]) < bits - 1e-3
 
 
 def test_the_rate_weight_follows_the_target(tiny_env):
@@ -321,10 +321,10 @@ EVERYTHING = TERMS | {"COMPRESSION_REG_INTERVAL": "2", "COMPRESSION_REG_SAMPLE_T
                       "RATE_REG_WEIGHT": "0.1", "EXPORT_GRID_EVERY": "5", "WARMUP_STEPS": "2"}
 
 
-@pytest.mark.parametrize("knobs", [INT8 | {"RATE_REG_MODEL": "coder", "RATE_TARGET_BITS": "3"},
-                                   RD | {"RATE_REG_MODEL": "coder"}, RD | {"RATE_REG_MODEL": "waterfill"},
-                                   INT8 | {"RATE_REG_MODEL": "backslash"}], ids=str)
-@pytest.mark.parametrize("at", [3, 10])
+@pytest.mark.parametrize(("knobs", "at"), [
+    (INT8 | {"RATE_REG_MODEL": "coder", "RATE_TARGET_BITS": "3"}, 3), (RD | {"RATE_REG_MODEL": "coder"}, 10),
+    (RD | {"RATE_REG_MODEL": "waterfill"}, 3), (INT8 | {"RATE_REG_MODEL": "backslash"}, 10),
+], ids=["int8 coder", "rd coder", "rd waterfill", "int8 backslash"])
 def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     env = tiny_env | EVERYTHING | knobs
     whole, first, second = (build_job(env | {"RUN_ID": name}) for name in ("whole", "first", "second"))
@@ -337,20 +337,17 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     assert all(torch.equal(p, weights_of(whole)[name]) for name, p in weights_of(second).items())
 
 
-@pytest.mark.parametrize("view", [INT8 | {"RATE_REG_MODEL": "entropy"}, RD | {"RATE_REG_MODEL": "waterfill"}],
-                         ids=["int8", "rd"])
-def test_two_ranks_agree_with_one(tiny_env, view):
-    env = tiny_env | EVERYTHING | view | {"ITERATIONS": "8", "TRAIN_LOG_EVERY": "1", "FINAL_ROUNDTRIP_EVAL": "0"}
+def test_two_ranks_agree_with_one(tiny_env):
+    env = tiny_env | EVERYTHING | RD | {"RATE_REG_MODEL": "waterfill", "ITERATIONS": "6", "WARMUP_STEPS": "0",
+                                        "TRAIN_LOG_EVERY": "1", "FINAL_ROUNDTRIP_EVAL": "0"}
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "TMPDIR")}
-    rows = []
-    for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env | {"RUN_ID": f"on{ranks}"}, cwd=ROOT,
-                              capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = (Path(env["LOG_DIR"]) / f"on{ranks}" / "metrics.jsonl").read_text().splitlines()
-        rows.append([json.loads(line) for line in lines])
-    one, two = rows
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env | {"RUN_ID": "two"}, cwd=ROOT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert train_gpt.main(env | {"RUN_ID": "one"}) == 0
+    one, two = ([json.loads(line) for line in (Path(env["LOG_DIR"]) / name / "metrics.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
     assert [row["kind"] for row in one] == [row["kind"] for row in two]
     assert {"train", "terms"} <= {row["kind"] for row in one}
     for a, b in zip(one, two, strict=True):

@@ -284,7 +284,7 @@ def test_the_least_size_is_about_that_of_the_coarsest_grid() -> None:
 
 def test_predict_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     knobs = {"EXPORT_SCHEME": "rd", "EXPORT_BITS": "2.5", "CALIBRATION_TOKENS": "4096"}
-    code_bytes = train_gpt.code_bytes()
+    code_bytes = train_gpt.code_bytes(export.ExportOptions(export_scheme="rd"))
     weights = sum(math.prod(s) for s in tensor_shapes(train_gpt.Config().shape).values())
     artifact = math.floor(2.5 / 8 * weights) - 500
     assert export.main(["predict", *(f"{k}={v}" for k, v in knobs.items())]) == 0

@@ -44,8 +44,7 @@ BASELINE_BFLOAT16 = (
 )
 
 BASELINE_FINEWEB = (   # 4 layers x 128, 8,192 tokens a step, sequences of 256, no warmdown
-    6.93474, 7.12234, 6.80583, 6.59272, 6.43176, 6.29576, 5.93608, 5.93099, 5.78098, 5.99631, 5.71962, 5.34255, 5.46454,
-    5.85253, 5.74839, 5.60565, 5.59732, 5.65274, 5.38543, 5.15241,
+    6.93474, 7.12234, 6.80583, 6.59272, 6.43176, 6.29576, 5.93608, 5.93099, 5.78098, 5.99631,
 )
 
 
@@ -138,7 +137,6 @@ def wait_for_step(env: dict[str, str], step: int, process: subprocess.Popen[str]
 
 @pytest.mark.parametrize(("knobs", "golden", "val_loss", "tolerance"), [
     ({"MUON_DTYPE": "bfloat16"}, BASELINE_FLOAT32, 3.328970, 5e-4),
-    ({}, BASELINE_FLOAT32, 3.328970, 5e-3),                                # Newton-Schulz in float32
     ({"COMPUTE_DTYPE": "bfloat16"}, BASELINE_BFLOAT16, 3.32477796, 5e-3),
 ])
 def test_the_loss_curve_is_the_baselines(env, knobs, golden, val_loss, tolerance):
@@ -157,11 +155,11 @@ def test_on_real_fineweb_the_loss_curve_is_the_baselines(env, tmp_path, corpus_d
     env |= {
         "DATA_PATH": str(tmp_path), "TOKENIZER_PATH": str(corpus_dir / "tokenizers" / "fineweb_1024_bpe.model"),
         "VOCAB_SIZE": "1024", "TRAIN_BATCH_TOKENS": "8192", "TRAIN_SEQ_LEN": "256", "MODEL_DIM": "128",
-        "WARMDOWN_ITERS": "0", "VAL_BATCH_SIZE": "524288", "FINAL_ROUNDTRIP_EVAL": "0",
+        "WARMDOWN_ITERS": "0", "VAL_BATCH_SIZE": "524288", "VAL_MAX_TOKENS": "256", "FINAL_ROUNDTRIP_EVAL": "0",
+        "ITERATIONS": str(len(BASELINE_FINEWEB)),
     }
     assert train_gpt.main(env) == 0
-    assert [loss for _, loss in losses(env)][:20] == pytest.approx(BASELINE_FINEWEB, abs=5e-3)
-    assert summary(env)["pre_roundtrip"]["val_bpb"] == pytest.approx(3.11404414, abs=3e-3)
+    assert [loss for _, loss in losses(env)] == pytest.approx(BASELINE_FINEWEB, abs=5e-3)
 
 
 # --- one run, from shards to the score of the file ----------------------------------------------------------------------
@@ -300,7 +298,7 @@ def assert_same_run(env: dict[str, str], whole: dict[str, str]) -> None:
         assert [row[key] for row in metrics(env, "val")] == [row[key] for row in metrics(whole, "val")]
 
 
-@pytest.mark.parametrize("step", [2, 8, 14])
+@pytest.mark.parametrize("step", [2, 8])
 def test_a_run_killed_at_any_step_and_resumed_ends_bit_identical(uninterrupted, tmp_path, step):
     env = uninterrupted | {"LOG_DIR": str(tmp_path), "RUN_ID": "cut"}
     process = start(env)
@@ -505,7 +503,8 @@ def test_measuring_the_size_beside_the_training_changes_nothing_of_it(env):
     env |= {"ITERATIONS": "9", "CHECKPOINT_EVERY": "9"}
     measured = env | {"RUN_ID": "measured", "ARTIFACT_EVERY": "4"}
     assert train_gpt.main(env) == train_gpt.main(measured) == 0
-    log, size = text_of(measured), r"artifact_bytes:(\d+) total_bytes:(\d+) bits_per_weight:\d+\.\d{3} rms_error:\d\.\d{5}$"
+    log = text_of(measured)
+    size = r"artifact_bytes:(\d+) total_bytes:(\d+) bits_per_weight:\d+\.\d{3} rms_error:\d\.\d{5} predicted"
     lines = re.findall(rf"^step:(\d+) {size}", log, re.MULTILINE)
     busy = r"^step:(\d+) artifact size not measured: that of step \d+ is still under way$"
     skipped = re.findall(busy, log, re.MULTILINE)
