@@ -16,13 +16,15 @@ from functools import partial
 
 import numpy as np
 import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 import export
 import rate_terms
 import weight_terms
 from calibration import calibrate
-from train_gpt import SPANS_PER_STEP, Config, Job
+from train_gpt import SPANS_PER_STEP, Config, Job, Runtime
 from weight_terms import TINY, Sample
 
 GRID_TOKENS = 16_384        # that rd's steps are learned from under way; the last export has CALIBRATION_TOKENS
@@ -68,7 +70,7 @@ class Grid:
 
 
 def water_filled(job: Job, names: list[str]) -> dict[str, Grid]:
-    """The grids that an export of now would choose, from the training tokens that come next, the same on every rank."""
+    """The grids that an export of now would choose, from the training tokens of the step under way."""
     cfg = job.cfg
     rows = max(1, GRID_TOKENS // cfg.train_seq_len)
     alone = replace(job.rt, rank=0, world_size=1)
@@ -80,6 +82,16 @@ def water_filled(job: Job, names: list[str]) -> dict[str, Grid]:
     sides = sum(sum(state[name].shape) for name in names)
     dial = export.dial_for(prepared, 8 * (aim - small - sides / 2))     # small tensors and steps measured: about so many
     return {p.name: grid_of(p, dial, job.rt.device) for p in prepared}
+
+
+def agreed(rt: Runtime, make: Callable[[], dict[str, Grid]]) -> dict[str, Grid]:
+    """The grids that rank 0 makes, on every rank: sums of two GPUs may differ in the last bit, and steps are rounded."""
+    if rt.world_size == 1:
+        return make()
+    mine = {f"{name}/{part}": t for name, grid in make().items() for part, t in vars(grid).items()} if rt.master else {}
+    sent = load_safetensors(rt.broadcast(save_safetensors({key: t.cpu().contiguous() for key, t in mine.items()})))
+    names = dict.fromkeys(key.rsplit("/", 1)[0] for key in sent)
+    return {name: Grid(*(sent[f"{name}/{part}"].to(rt.device) for part in ("rows", "cols", "level"))) for name in names}
 
 
 def order0_bits(codes: Tensor) -> Tensor:
@@ -268,7 +280,7 @@ class Objective:
         whole = len(self.known) == len(self.matrices)
         self.due_at = job.step + (self.cfg.export_grid_every if whole else min(self.cfg.export_grid_every, job.step + 1))
         if self.rd:
-            self.grids = water_filled(job, list(self.known))
+            self.grids = agreed(job.rt, lambda: water_filled(job, list(self.known)))
         with torch.no_grad():
             units = {name: self.in_steps(name) for name in self.known}
             if self.rd and self.cfg.noise_qat_step_sigmas:
