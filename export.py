@@ -1417,7 +1417,7 @@ def rd_budget(options: ExportOptions, weights: int, code_bytes: int) -> tuple[in
 
 
 def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics,
-                    code_bytes: int, reserve_bytes: int) -> Export:
+                    code_bytes: int, reserve_bytes: int, given: Mapping[str, Stored]) -> Export:
     """The export of least expected loss in the bytes that EXPORT_BITS or the cap leaves, at most RD_WINDOW_BYTES below them.
     One dial sets all steps, because all costs are in nats: at equal cost x step^2 no bit is worth more elsewhere (Shoham &
     Gersho 1988). Raises ArtifactError where the coarsest grid is too large.
@@ -1428,6 +1428,11 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
             for name, t in state.items() if name not in names}
     high, aim, window = rd_budget(options, sum(t.numel() for t in state.values()), code_bytes)
     high, aim, overhead, found = high - reserve_bytes, aim - reserve_bytes, 0.0, []
+    if given:
+        made = assembled(state, meta, options, dict(sorted((rest | dict(given)).items())))
+        made.report = replace(made.report, planned_bytes=high, expected_nats=0.0)
+        if len(made.data) <= high:
+            return made
     prices = SymbolModel(int(options.tcq_states > 0)).prices()
     for _ in range(MAX_DIALS):
         dial = dial_for(prepared, 8 * aim - overhead)
@@ -1435,6 +1440,7 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
                             prepared)
         export = assembled(state, meta, options, {s.row.name: s for s in sorted(
             [*rest.values(), *placed], key=lambda s: s.row.name)})
+        export.dial = dial
         found.append(export)
         if high - window <= len(export.data) <= high or not names:
             break
@@ -1447,7 +1453,8 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
     loss = sum(expected_loss(state[name] - restore(s.row, s.values).to(state[name].dtype), statistics.terms[name])
                for name, s in best.tensors.items() if name in names)
     slow = "" if compiled(best_path) else "numba is not installed: the search for paths took 20 to 80 times as long"
-    best.report = replace(best.report, planned_bytes=high, expected_nats=loss, note=slow,
+    over = f"the integers of FINISH_STEPS take more than {high} bytes: placed anew" if given else ""
+    best.report = replace(best.report, planned_bytes=high, expected_nats=loss, note=over or slow,
                           step_gains={p.name: p.gain_bits for p in prepared})
     return best
 
@@ -1721,6 +1728,7 @@ class Export:
     data: bytes
     report: SizeReport
     prices: np.ndarray = field(default_factory=lambda: np.zeros(0))     # of the coder's symbols, if any, in bits
+    dial: float = 0.0                   # rd: that of all steps
 
 
 @dataclass
@@ -1735,11 +1743,11 @@ class Artifact:
 def encode_artifact(
     state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, *,
     statistics: Statistics | None = None, sensitivity: SensitivityMap | None = None, code_bytes: int = 0,
-    reserve_bytes: int = 0,
+    reserve_bytes: int = 0, placed: Mapping[str, Stored] | None = None,
 ) -> Export:
     """The bytes of the file, and what they cost and lose. `statistics` weigh errors; EXPORT_ALLOCATE=hessian and
     EXPORT_SCHEME=rd need them as =sensitivity needs its map. The total that is fitted to the cap includes `code_bytes`, and
-    rd leaves `reserve_bytes` of it free. Raises ArtifactError, ValueError.
+    rd leaves `reserve_bytes` of it free. Matrices that are `placed` already are stored so. Raises ArtifactError, ValueError.
     """
     if faults := options.problems():
         raise ValueError("; ".join(faults))
@@ -1759,7 +1767,7 @@ def encode_artifact(
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
     if options.export_scheme == "rd":
         assert statistics is not None
-        return rate_distortion(weights, meta, options, statistics, code_bytes, reserve_bytes)
+        return rate_distortion(weights, meta, options, statistics, code_bytes, reserve_bytes, placed or {})
     if options.export_rotate:
         weights, statistics = tool("symmetries").rotated(weights, statistics)
     if options.solves:

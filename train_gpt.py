@@ -227,7 +227,9 @@ class Config(ExportOptions, ModelShape):
     noise_qat_step_sigmas: float = knob(
         0.0, "Objective", "train through uniform noise of this step, in spreads of a row, laid out as the export's; 0 = off")
     noise_qat_start_frac: float = knob(0.7, "Objective", "share of the training after which the noise sets in")
-    finish_steps: int = knob(0, "Objective", "last steps, trained through the export's rounding; 0 = none")
+    finish_steps: int = knob(
+        0, "Objective", "last steps: int8 weights are seen as the export rounds them, rd's are frozen in turn; 0 = none")
+    finish_lr: float = knob(0.12, "Objective", "share of the learning rates that these steps start with, falling to zero")
     export_grid_every: int = knob(
         1000, "Objective", "steps between looks at the export: rd's steps, price lists, the shape of the weights", low=1)
 
@@ -338,6 +340,8 @@ class Config(ExportOptions, ModelShape):
             (self.noise_qat_start_frac >= 1, f"NOISE_QAT_START_FRAC must be below 1, got {self.noise_qat_start_frac:g}"),
             (self.finish_steps > self.iterations,
              f"FINISH_STEPS must be at most ITERATIONS={self.iterations}, got {self.finish_steps}"),
+            (self.finish_steps > 0 and self.export_tune_steps > 0,
+             "FINISH_STEPS trains what EXPORT_TUNE_STEPS would tune; unset one of them"),
         ) if wrong]
 
     def batch_problems(self) -> list[str]:
@@ -748,11 +752,15 @@ class Loader:
         """Whole steps consumed."""
         return self.served // self.per_rank
 
+    def position(self, step: int) -> int:
+        """Where a step's tokens begin in the ring."""
+        return step * SPANS_PER_STEP * (self.span_tokens + 1)
+
     def _read(self, index: int) -> Tensor:
         """Micro-batch `index` of this rank, (rows, seq_len + 1) int64 on the host."""
         step, k = divmod(index, self.per_rank)
         first_row = (k * self.rt.world_size + self.rt.rank) * self.rows
-        step_start = step * SPANS_PER_STEP * (self.span_tokens + 1)
+        step_start = self.position(step)
         rows = []
         for row in range(first_row, first_row + self.rows):
             span, offset = divmod(row * self.seq_len, self.span_tokens)
@@ -1171,15 +1179,17 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.O
 
 def lr_scale(cfg: Config, step: int, elapsed_ms: float) -> float:
     """Factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps, or over the time that so many
-    steps take at the pace so far when a wallclock cap is set.
+    steps take at the pace so far when a wallclock cap is set. FINISH_STEPS come after that, linear from FINISH_LR to 0.
     """
+    left, step_ms = steps_left(cfg, step, elapsed_ms), elapsed_ms / max(step, 1)
+    if left <= cfg.finish_steps > 0:
+        return cfg.finish_lr * left / cfg.finish_steps
     if cfg.warmdown_iters == 0:
         return 1.0
     if cfg.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (cfg.iterations - step) / cfg.warmdown_iters))
-    warmdown_ms = cfg.warmdown_iters * elapsed_ms / max(step, 1)
-    remaining_ms = max(1000 * cfg.max_wallclock_seconds - elapsed_ms, 0.0)
-    return min(1.0, remaining_ms / max(warmdown_ms, 1e-9))
+        return min(1.0, max(0.0, (cfg.iterations - cfg.finish_steps - step) / cfg.warmdown_iters))
+    remaining_ms = max(1000 * cfg.max_wallclock_seconds - elapsed_ms - cfg.finish_steps * step_ms, 0.0)
+    return min(1.0, remaining_ms / max(cfg.warmdown_iters * step_ms, 1e-9))
 
 
 def steps_left(cfg: Config, step: int, elapsed_ms: float) -> float:
@@ -1627,7 +1637,8 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
         write_checkpoint(weights, state, {"artifact_meta": job.meta})       # first: a failing export loses nothing
         job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
         export = encode_artifact(state, job.meta, cfg.export_options, statistics=statistics, sensitivity=read_map(cfg),
-                                 code_bytes=code_bytes(cfg), reserve_bytes=reserve)
+                                 code_bytes=code_bytes(cfg), reserve_bytes=reserve,
+                                 placed=job.objective.placed if job.objective is not None else None)
     if cfg.export_tune_steps:
         export = tool("tuning").tune(job, export, reserve)
     if export is None:

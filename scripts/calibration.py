@@ -4,7 +4,9 @@ that is set.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -110,3 +112,16 @@ def calibrate_job(job: Job) -> Statistics:
     job.seconds["calibrate"] = took_ms / 1000
     job.folder.log(f"calibrated: tokens:{statistics.tokens} time:{took_ms:.0f}ms train_time:{job.clock.total_ms:.0f}ms")
     return statistics
+
+
+def batch_start(job: Job, rows: int) -> Tensor:
+    """The first sequences of the step under way, ids (rows, T), whatever the rank."""
+    loader = job.loader
+    ids = loader.stream.take(loader.position(job.step), rows * loader.seq_len).astype(np.int64)
+    return torch.from_numpy(ids).view(rows, loader.seq_len).to(job.rt.device)
+
+
+def statistics_now(job: Job, tokens: int) -> Statistics:
+    """Statistics of the weights under way on the first tokens of the step, which every rank would find alike."""
+    ids = batch_start(job, max(1, tokens // job.cfg.train_seq_len))
+    return calibrate(job.model, iter([ids]), replace(job.rt, rank=0, world_size=1), job.cfg.seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 
@@ -23,8 +23,9 @@ from torch import Tensor
 import export
 import rate_terms
 import weight_terms
-from calibration import calibrate
-from train_gpt import SPANS_PER_STEP, Config, Job, Runtime
+from calibration import batch_start, statistics_now
+from finishing import Freezing
+from train_gpt import Config, Job, Runtime
 from weight_terms import TINY, Sample
 
 GRID_TOKENS = 16_384        # that rd's steps are learned from under way; the last export has CALIBRATION_TOKENS
@@ -72,9 +73,7 @@ class Grid:
 def water_filled(job: Job, names: list[str]) -> dict[str, Grid]:
     """The grids that an export of now would choose, from the training tokens of the step under way."""
     cfg = job.cfg
-    rows = max(1, GRID_TOKENS // cfg.train_seq_len)
-    alone = replace(job.rt, rank=0, world_size=1)
-    known = calibrate(job.model, iter([batch_start(job, rows)]), alone, cfg.seed)
+    known = statistics_now(job, GRID_TOKENS)
     state = {name: t.detach().float().cpu() for name, t in job.model.state_dict().items()}
     prepared = export.in_threads(lambda name: export.prepare(name, state[name], known.terms[name]), names)
     weights, small = sum(t.numel() for t in state.values()), sum(t.numel() for n, t in state.items() if n not in names)
@@ -111,14 +110,6 @@ def grid_of(p: export.Prepared, dial: float, device: torch.device) -> Grid:
     return Grid(*(torch.from_numpy(a).float().to(device) for a in (rows[:, None], cols[None, :], level)))
 
 
-def batch_start(job: Job, rows: int) -> Tensor:
-    """The first sequences of the step under way, ids (rows, T), whatever the rank."""
-    loader = job.loader
-    start = job.step * SPANS_PER_STEP * (loader.span_tokens + 1)
-    ids = loader.stream.take(start, rows * loader.seq_len).astype(np.int64)
-    return torch.from_numpy(ids).view(rows, loader.seq_len).to(job.rt.device)
-
-
 class Objective:
     """The terms of one run, and what they know of the export."""
 
@@ -132,6 +123,7 @@ class Objective:
             name for name, p in named.items() if p.ndim == 2 and self.choices[name].codec == "int"]
         self.matrices: dict[str, Tensor] = {name: named[name] for name in sorted(own)}
         self.known = dict(self.matrices)        # without those that were all zero at the last refresh: they have no step yet
+        self.freezing = Freezing(self.matrices, self.options.tcq_states)
         self.grids: dict[str, Grid] = {}
         self.noise_factor = 1.0         # from rd's steps to the noise's
         self.shape = cfg.rate_reg_nu    # of the generalised Gaussian
@@ -158,11 +150,14 @@ class Objective:
         finishes = bool(cfg.finish_steps) and job.steps_left <= cfg.finish_steps
         noisy = cfg.noise_qat_step_sigmas > 0 and job.step >= cfg.noise_qat_start_frac * (job.step + job.steps_left)
         phase = 2 if finishes else int(noisy)
-        due = job.step >= self.due_at and (not phase or len(self.known) < len(self.matrices))
-        if phase > self.phase or (due and (self.terms or cfg.rate_reg_weight or phase)):
+        freezes = finishes and self.rd
+        due = phase > self.phase or (job.step >= self.due_at and (not phase or len(self.known) < len(self.matrices)))
+        if due and (self.terms or cfg.rate_reg_weight or (phase and not freezes)):
             self.refresh(job)
         self.phase = phase
-        if not phase:
+        if freezes:
+            self.freezing.advance(job)
+        if not phase or freezes:
             return
         generator = self.generator(job)
         with torch.no_grad():
@@ -184,8 +179,12 @@ class Objective:
             for name, kept in self.kept.items():
                 self.matrices[name].copy_(kept)
         self.kept.clear()
-        if job.step % self.cfg.compression_reg_interval or not (self.terms or self.cfg.rate_reg_weight):
-            return
+        if job.step % self.cfg.compression_reg_interval == 0 and (self.terms or self.cfg.rate_reg_weight):
+            self.add_gradients(job)
+        for name in self.freezing.placed:       # no gradient, and no optimiser moves it
+            self.matrices[name].grad = None
+
+    def add_gradients(self, job: Job) -> None:
         total = self.total(job) * self.cfg.compression_reg_interval * self.ramp(job.step)
         params = [p for p in job.model.parameters() if p.requires_grad]
         with torch.no_grad():
@@ -194,6 +193,11 @@ class Objective:
                     if self.waterfill is not None and self.device.type == "cuda":   # where attention sums in any order
                         g = job.rt.reduce(g) / job.rt.world_size
                     p.grad = g if p.grad is None else p.grad.add_(g)
+
+    @property
+    def placed(self) -> dict[str, export.Stored]:
+        """The matrices at the integers of the file, once the last phase has placed them all."""
+        return self.freezing.finished
 
     def generator(self, job: Job) -> torch.Generator:
         """Of this step, the same on every rank."""
@@ -325,6 +329,8 @@ class Objective:
             found |= {f"prices/{name}/table": prices.table, f"prices/{name}/widths": prices.widths}
         if self.waterfill is not None:
             found |= {f"waterfill/{key}": t for key, t in self.waterfill.state().items()}
+        if self.freezing.done:
+            found |= {f"freezing/{key}": t for key, t in self.freezing.state().items()}
         return {NAME + key: t.clone() for key, t in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -345,6 +351,7 @@ class Objective:
                       for name in self.matrices if f"grid/{name}/rows" in found}
         self.prices = {name: rate_terms.PriceList(*parts("prices", name, "table", "widths"))
                        for name in ("", *self.matrices) if f"prices/{name}/table" in found}
-        if self.waterfill is not None:
-            mine = {key.removeprefix("waterfill/"): t for key, t in found.items() if key.startswith("waterfill/")}
-            self.waterfill.load(mine)
+        for prefix, owner in (("waterfill/", self.waterfill), ("freezing/", self.freezing)):
+            mine = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+            if owner is not None and mine:
+                owner.load(mine)

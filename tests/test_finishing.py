@@ -1,0 +1,130 @@
+"""The last phase of a rate-distortion run: matrices frozen in turn at the integers of the file.
+
+Guarantees: groups freeze in order and never move again while the others do; the file holds exactly the weights that were
+trained last, within its bytes; the rates follow their schedule; resumed and two-rank runs end as whole and single ones.
+Run: bash scripts/test.sh tests/test_finishing.py (about 20 s).
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, build_job, config
+from torch import Tensor
+
+import export
+import finishing
+import train_gpt
+from train_gpt import Job, lr_scale, train_step
+
+pytestmark = pytest.mark.usefixtures("fresh_rng")
+
+KNOBS = {"EXPORT_SCHEME": "rd", "EXPORT_BITS": "3", "CALIBRATION_TOKENS": "512", "TCQ_STATES": "8", "ITERATIONS": "12",
+         "FINISH_STEPS": "8", "WARMDOWN_ITERS": "2"}
+GROUPS = [["tok_emb.weight"]] + [
+    [f"blocks.{i}.{part}.weight" for part in ("attn.c_k", "attn.c_q", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")]
+    for i in range(3)]
+
+
+def stepped(job: Job, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        job.steps_left = job.cfg.iterations - job.step
+        found.append(float(train_step(job, lr_scale(job.cfg, job.step, 0.0), 0.9)))
+        job.step += 1
+    return found
+
+
+def matrices_of(job: Job) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in job.objective.matrices.items()}
+
+
+def test_groups_are_what_stands_outside_the_blocks_and_then_the_blocks(tiny_env):
+    assert build_job(tiny_env | KNOBS).objective.freezing.groups == GROUPS
+    names = ["blocks.10.a", "blocks.2.b", "lm_head.weight", "blocks.2.a"]
+    assert finishing.groups_of(names) == [["lm_head.weight"], ["blocks.2.a", "blocks.2.b"], ["blocks.10.a"]]
+
+
+def test_groups_freeze_in_turn_and_what_is_frozen_never_moves(tiny_env):
+    job = build_job(tiny_env | KNOBS)
+    stepped(job, 4)
+    assert not job.objective.freezing.placed
+    for part in range(4):       # two steps each
+        stepped(job, 1)
+        frozen = {name for group in GROUPS[:part + 1] for name in group}
+        assert set(job.objective.freezing.placed) == frozen
+        first = matrices_of(job)
+        stepped(job, 1)
+        moved = {name for name, p in matrices_of(job).items() if not torch.equal(p, first[name])}
+        assert moved == set(first) - frozen
+
+
+def test_the_file_holds_the_weights_that_were_trained_last(tiny_env):
+    env = tiny_env | KNOBS | {"ITERATIONS": "16", "SAVE_RAW_CHECKPOINT": "1"}
+    assert train_gpt.main(env) == 0
+    folder = Path(env["LOG_DIR"]) / "tiny"
+    artifact = export.load_artifact(folder / "final_model.rd.anlm")
+    weights = train_gpt.load_safetensors((folder / "final_model.safetensors").read_bytes())
+    for name in (name for group in GROUPS for name in group):
+        assert torch.equal(artifact.state[name], weights[name]), name
+    found = json.loads((folder / "summary.json").read_text())
+    assert 0.93 * 3 <= found["bits_per_weight"] <= 3
+    assert found["roundtrip"]["val_loss"] == pytest.approx(found["pre_roundtrip"]["val_loss"], abs=2e-3)    # 8-bit vectors
+    assert (folder / "train.log").read_text().count("frozen: step:") == 4
+
+
+def test_integers_that_take_too_much_are_placed_anew(tiny_env):
+    job = build_job(tiny_env | KNOBS)
+    stepped(job, 12)
+    options = export.ExportOptions(**(vars(job.cfg.export_options) | {"export_bits": 2.0}))
+    known = export.tool("calibration").calibrate(job.model, iter([job.loader.next_batch()[0]]), job.rt, 1)
+    made = export.encode_artifact(job.model.state_dict(), job.meta, options, statistics=known, placed=job.objective.placed)
+    assert "placed anew" in made.report.note
+    assert made.report.bits_per_weight <= 2
+
+
+def test_the_rates_fall_before_the_phase_and_again_in_it(tiny_env):
+    cfg = config(tiny_env | KNOBS | {"ITERATIONS": "100", "FINISH_STEPS": "20", "WARMDOWN_ITERS": "40", "FINISH_LR": "0.2"})
+    found = [lr_scale(cfg, step, 0.0) for step in (0, 40, 60, 79, 80, 90, 99)]
+    assert found == pytest.approx([1, 1, 0.5, 1 / 40, 0.2, 0.1, 0.01])
+    timed = config(tiny_env | KNOBS | {"ITERATIONS": "1000", "MAX_WALLCLOCK_SECONDS": "10", "FINISH_STEPS": "20",
+                                       "WARMDOWN_ITERS": "40", "FINISH_LR": "0.2"})
+    found = [lr_scale(timed, step, 100.0 * step) for step in (10, 40, 60, 79, 80, 90, 99)]
+    assert found == pytest.approx([1, 1, 0.5, 1 / 40, 0.2, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("at", [3, 7])
+def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, at):
+    env = tiny_env | KNOBS
+    whole, first, second = (build_job(env | {"RUN_ID": name}) for name in ("whole", "first", "second"))
+    losses = stepped(whole, 12)
+    assert stepped(first, at) == losses[:at]
+    second.restore(first.save())
+    assert stepped(second, 12 - at) == losses[at:]
+    assert all(torch.equal(p, matrices_of(whole)[name]) for name, p in matrices_of(second).items())
+    files = [export.encode_artifact(job.model.state_dict(), job.meta, job.cfg.export_options, placed=job.objective.placed,
+                                    statistics=export.tool("calibration").statistics_now(job, 512)).data
+             for job in (whole, second)]
+    assert files[0] == files[1]
+
+
+def test_two_ranks_end_with_one_file(tiny_env):
+    env = tiny_env | KNOBS | {"TRAIN_LOG_EVERY": "1"}
+    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "TMPDIR")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env, cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("frozen: step:") == 4
+    found = json.loads((Path(env["LOG_DIR"]) / "tiny" / "summary.json").read_text())
+    assert found["roundtrip"]["val_loss"] == pytest.approx(found["pre_roundtrip"]["val_loss"], abs=2e-3)
+
+
+def test_tuning_steps_are_refused_beside_it(tiny_env, capsys):
+    assert train_gpt.main(tiny_env | KNOBS | {"EXPORT_TUNE_STEPS": "2"}) == 2
+    assert "FINISH_STEPS trains what EXPORT_TUNE_STEPS would tune; unset one of them" in capsys.readouterr().err
