@@ -340,6 +340,9 @@ class Config(ExportOptions, ModelShape):
             (self.noise_qat_start_frac >= 1, f"NOISE_QAT_START_FRAC must be below 1, got {self.noise_qat_start_frac:g}"),
             (self.finish_steps > self.iterations,
              f"FINISH_STEPS must be at most ITERATIONS={self.iterations}, got {self.finish_steps}"),
+            (self.export_scheme == "rd" and 0 < self.finish_steps <= self.unique_blocks,
+             f"FINISH_STEPS freezes the embedding and {self.unique_blocks} blocks in turn under EXPORT_SCHEME=rd: it must be"
+             f" 0 or at least {self.unique_blocks + 1}, got {self.finish_steps}"),
             (self.finish_steps > 0 and self.export_tune_steps > 0,
              "FINISH_STEPS trains what EXPORT_TUNE_STEPS would tune; unset one of them"),
         ) if wrong]
@@ -1630,6 +1633,7 @@ def code_bytes(cfg: ExportOptions | None = None) -> int:
 def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
     """Writes the artifact (rank 0 only, the others get None) and prints the challenge's size lines."""
     t0, cfg, export, state = time.perf_counter(), job.cfg, None, job.model.state_dict()
+    placed = job.objective.finish(job) if job.objective is not None else None
     file_name, name = ARTIFACTS[cfg.export_scheme]
     weights = job.folder.path / "final_model.safetensors"
     reserve = tool("tuning").reserve_bytes(state) if cfg.export_tune_steps else 0
@@ -1637,8 +1641,7 @@ def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
         write_checkpoint(weights, state, {"artifact_meta": job.meta})       # first: a failing export loses nothing
         job.folder.log(f"Serialized model: {weights.stat().st_size} bytes")
         export = encode_artifact(state, job.meta, cfg.export_options, statistics=statistics, sensitivity=read_map(cfg),
-                                 code_bytes=code_bytes(cfg), reserve_bytes=reserve,
-                                 placed=job.objective.placed if job.objective is not None else None)
+                                 code_bytes=code_bytes(cfg), reserve_bytes=reserve, placed=placed)
     if cfg.export_tune_steps:
         export = tool("tuning").tune(job, export, reserve)
     if export is None:

@@ -104,7 +104,8 @@ class Freezing:
         self.done, self.prices, self.placed = int(done), tensors["prices"].cpu().numpy(), {}
         self.take({key.removeprefix("values/"): t for key, t in tensors.items() if key.startswith("values/")})
 
-    @property
-    def finished(self) -> dict[str, export.Stored]:
-        """All matrices at the file's integers; none before the last group is."""
-        return self.placed if len(self.placed) == len(self.matrices) else {}
+    def finish(self, job: Job) -> dict[str, export.Stored]:
+        """All matrices at the file's integers."""
+        while self.done < len(self.groups):
+            self.freeze(job)
+        return self.placed

@@ -194,10 +194,9 @@ class Objective:
                         g = job.rt.reduce(g) / job.rt.world_size
                     p.grad = g if p.grad is None else p.grad.add_(g)
 
-    @property
-    def placed(self) -> dict[str, export.Stored]:
-        """The matrices at the integers of the file, once the last phase has placed them all."""
-        return self.freezing.finished
+    def finish(self, job: Job) -> dict[str, export.Stored]:
+        """The matrices at the integers of the file, where a last phase places them; the clock may have cut its end off."""
+        return self.freezing.finish(job) if self.phase == 2 and self.rd else {}
 
     def generator(self, job: Job) -> torch.Generator:
         """Of this step, the same on every rank."""

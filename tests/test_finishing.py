@@ -1,20 +1,18 @@
 """The last phase of a rate-distortion run: matrices frozen in turn at the integers of the file.
 
 Guarantees: groups freeze in order and never move again while the others do; the file holds exactly the weights that were
-trained last, within its bytes; the rates follow their schedule; resumed and two-rank runs end as whole and single ones.
+trained last, within its bytes, cut off by the clock or not; the rates follow their schedule; a resumed run ends as a whole
+one (two ranks: test_objective.py).
 Run: bash scripts/test.sh tests/test_finishing.py (about 20 s).
 """
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_job, config
+from conftest import build_job, config
 from torch import Tensor
 
 import export
@@ -83,7 +81,8 @@ def test_integers_that_take_too_much_are_placed_anew(tiny_env):
     stepped(job, 12)
     options = export.ExportOptions(**(vars(job.cfg.export_options) | {"export_bits": 2.0}))
     known = export.tool("calibration").calibrate(job.model, iter([job.loader.next_batch()[0]]), job.rt, 1)
-    made = export.encode_artifact(job.model.state_dict(), job.meta, options, statistics=known, placed=job.objective.placed)
+    placed = job.objective.finish(job)
+    made = export.encode_artifact(job.model.state_dict(), job.meta, options, statistics=known, placed=placed)
     assert "placed anew" in made.report.note
     assert made.report.bits_per_weight <= 2
 
@@ -107,22 +106,27 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, at):
     second.restore(first.save())
     assert stepped(second, 12 - at) == losses[at:]
     assert all(torch.equal(p, matrices_of(whole)[name]) for name, p in matrices_of(second).items())
-    files = [export.encode_artifact(job.model.state_dict(), job.meta, job.cfg.export_options, placed=job.objective.placed,
-                                    statistics=export.tool("calibration").statistics_now(job, 512)).data
-             for job in (whole, second)]
+    files = [export.encode_artifact(
+        job.model.state_dict(), job.meta, job.cfg.export_options, placed=job.objective.finish(job),
+        statistics=export.tool("calibration").statistics_now(job, 512)).data for job in (whole, second)]
     assert files[0] == files[1]
 
 
-def test_two_ranks_end_with_one_file(tiny_env):
-    env = tiny_env | KNOBS | {"TRAIN_LOG_EVERY": "1"}
-    clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "TMPDIR")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env, cwd=ROOT, capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("frozen: step:") == 4
-    found = json.loads((Path(env["LOG_DIR"]) / "tiny" / "summary.json").read_text())
-    assert found["roundtrip"]["val_loss"] == pytest.approx(found["pre_roundtrip"]["val_loss"], abs=2e-3)
+def test_a_phase_that_the_clock_cut_off_is_finished_at_the_export(tiny_env):
+    job = build_job(tiny_env | KNOBS)
+    stepped(job, 8)
+    assert len(job.objective.freezing.placed) < len(job.objective.matrices)
+    placed = job.objective.finish(job)
+    assert set(placed) == set(job.objective.matrices)
+    assert all(torch.equal(export.restore(s.row, s.values), job.objective.matrices[name]) for name, s in placed.items())
+
+
+@pytest.mark.parametrize(("steps", "fault"), [("3", True), ("4", False)])
+def test_a_phase_has_a_step_for_each_group(tiny_env, steps, fault):
+    problems = train_gpt.Config.parse(tiny_env | KNOBS | {"FINISH_STEPS": steps})[1]
+    line = "FINISH_STEPS freezes the embedding and 3 blocks in turn under EXPORT_SCHEME=rd: it must be 0 or at" \
+        " least 4, got 3"
+    assert problems == [line] * fault
 
 
 def test_tuning_steps_are_refused_beside_it(tiny_env, capsys):

@@ -302,7 +302,7 @@ def test_the_compiled_graph_is_one_and_sees_the_noise(tiny_env):
 
 EVERYTHING = TERMS | {"COMPRESSION_REG_INTERVAL": "2", "COMPRESSION_REG_SAMPLE_TENSORS": "5",
                       "COMPRESSION_REG_MAX_COLS": "9", "NOISE_QAT_STEP_SIGMAS": "0.3", "NOISE_QAT_START_FRAC": "0.4",
-                      "FINISH_STEPS": "3", "ITERATIONS": "12",
+                      "FINISH_STEPS": "4", "ITERATIONS": "12",
                       "RATE_REG_WEIGHT": "0.1", "EXPORT_GRID_EVERY": "5", "WARMUP_STEPS": "2"}
 
 
@@ -330,6 +330,7 @@ def test_two_ranks_agree_with_one(tiny_env):
     done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env | {"RUN_ID": "two"}, cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("frozen: step:") == 4
     assert train_gpt.main(env | {"RUN_ID": "one"}) == 0
     one, two = ([json.loads(line) for line in (Path(env["LOG_DIR"]) / name / "metrics.jsonl").read_text().splitlines()]
                 for name in ("one", "two"))

@@ -612,7 +612,7 @@ def test_a_rate_distortion_knob_that_cannot_work_is_refused_in_one_line(env, cap
 # --- the same result however the work is cut ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", ["64", "512", "2048"])
+@pytest.mark.parametrize("tokens", ["64", "2048"])
 def test_the_micro_batch_changes_memory_and_not_the_losses(env, tokens):
     env |= {"ITERATIONS": "6", "WARMDOWN_ITERS": "0", "MICRO_BATCH_TOKENS": tokens}
     assert train_gpt.main(env) == 0
