@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-import train_gpt
-from bench import build, spread, timed
+import train_gpt  # noqa: E402  (the repository's root is not on the path before)
+from bench import build, spread, timed  # noqa: E402
 
 ON = {"COMPRESSION_REG_WEIGHT": "0.1", "COMPRESSION_GRID_REG_WEIGHT": "0.01", "COMPRESSION_SCALE_REG_WEIGHT": "0.01",
       "COMPRESSION_RANK1_REG_WEIGHT": "0.1", "TERNARY_REG_WEIGHT": "0.1", "OUTLIER_REG_WEIGHT": "0.1",
