@@ -29,7 +29,7 @@ INT8_KEEP_FLOAT_MAX_NUMEL = 200
 INT8_KEEP_FLOAT_MAX_NUMEL = 200
 [exports.rd2]
 EXPORT_SCHEME = "rd"
-EXPORT_BITS = 2
+EXPORT_BITS = [2, 2.1]
 TCQ_STATES = 8
 [arms.plain]
 [arms.ternary]
@@ -61,6 +61,8 @@ def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys)
     scores = json.loads((arm / "scores.json").read_text())
     assert list(scores) == ["float", "int8", "rd2"]
     assert 0 < scores["rd2"]["bytes"] < scores["int8"]["bytes"]
+    assert len(scores["rd2"]["files"]) == 2
+    assert scores["rd2"]["val_bpb"] == pytest.approx(sum(scores["rd2"]["files"]) / 2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("logs/*/*") if path.name != "campaign.out"}
     assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -77,7 +79,7 @@ def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys)
 @pytest.mark.parametrize(("old", "new", "message"), [
     ('control = "plain"', 'control = "none"', "control 'none' is no arm"),
     ("TERNARY_REG_WEIGHT = 50", "TERNARY_REG_WEIGHT = -1", "arm ternary: TERNARY_REG_WEIGHT must be at least 0, got -1"),
-    ("EXPORT_BITS = 2", "EXPORT_BITS = 20", "export rd2: EXPORT_BITS must be at most 9, got 20"),
+    ("EXPORT_BITS = [2, 2.1]", "EXPORT_BITS = [2, 20]", "export rd2: EXPORT_BITS must be at most 9, got 20"),
     ("val_tokens = 512", "", "KeyError: 'val_tokens'"),
     ("name =", "name", "Decode"),
 ])
