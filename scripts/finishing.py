@@ -4,8 +4,8 @@ repairs what the frozen ones lost. In the end the weights are those of the file:
 
 Each group is placed as an export would place it, with error feedback and trellis, on statistics of the network as it is
 by then, its frozen part included (incremental quantisation: Zhou et al. 2017, arXiv 1702.03044; here by depth, and placed
-by second order). One dial for all groups is kept up with: what a group takes more or less than planned goes to those after
-it. Rounding to the nearest point with straight-through gradients, the other way to do it, is no stand-in for feedback and
+by second order). Each group's dial is that at which it and all to come are planned to fill what the plans of those before
+left. Rounding to the nearest point with straight-through gradients, the other way to do it, is no stand-in for feedback and
 trellis: at 2 bits it cost 27 mbpb in 100 of 600 steps (logs/LOG.md).
 """
 from __future__ import annotations
