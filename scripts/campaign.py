@@ -12,6 +12,8 @@ A specification is that of scripts/sweep_spec.py (name, base, seeds, control, [k
     [exports.rd2]               # one table an export, knobs of the export
     EXPORT_SCHEME = "rd"
     EXPORT_BITS = [1.98, 2.0, 2.02]     # several: the mean over their files, because one at so few bits is a matter of luck
+    [frozen]                    # arms whose FINISH_STEPS end at a file's own integers, and the export that it stands for
+    freeze = "rd2"
 
 Places (DATA_PATH, TOKENIZER_PATH, LOG_DIR, DEVICE) come from the environment. Every arm keeps its final float weights; a
 score is the val_bpb of its artifact, written, read back and evaluated; it stands in LOG_DIR/NAME_ARM_sSEED/scores.json. Arms
@@ -37,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import export_verbs  # noqa: E402  (the repository's root is not on the path before)
 import paired  # noqa: E402
 from compare_exports import Subject, Way  # noqa: E402
-from export import ExportOptions  # noqa: E402
+from export import ExportOptions, load_artifact  # noqa: E402
 from sweep_spec import PLACES, SpecError, as_knobs, base_knobs, expand, tomllib, write_object  # noqa: E402
 from train_gpt import Config, parse_knob  # noqa: E402
 
@@ -55,9 +57,28 @@ class Campaign:
     val_tokens: int
     arms: dict[str, dict[str, str]]         # every knob that is set
     exports: dict[str, list[dict[str, Any]]]    # fields of ExportOptions, of each file
+    frozen: dict[str, str]                  # arms scored by their own file, and the export that it stands for
 
     def folder(self, arm: str, seed: int) -> Path:
         return Path(self.arms[arm].get("LOG_DIR", "logs")) / f"{self.name}_{arm}_s{seed}"
+
+    def exports_of(self, arm: str) -> list[str]:
+        """Names of the exports that it is scored under."""
+        return [self.frozen[arm]] if arm in self.frozen else list(self.exports)
+
+    def problems(self) -> Iterator[str]:
+        if self.control not in self.arms:
+            yield f"control {self.control!r} is no arm"
+        for arm, knobs in self.arms.items():
+            cfg, faults = Config.parse(knobs)
+            yield from (f"arm {arm}: {fault}" for fault in faults)
+            if not faults and (arm in self.frozen) != (cfg.finish_steps > 0 and cfg.export_scheme == "rd"):
+                yield f"arm {arm}: [frozen] must name those that have FINISH_STEPS under EXPORT_SCHEME=rd, and no others"
+        for name, files in self.exports.items():
+            yield from (f"export {name}: {fault}" for options in files for fault in ExportOptions(**options).problems())
+        for arm, name in self.frozen.items():
+            if arm not in self.arms or name not in self.exports:
+                yield f"[frozen] {arm} = {name!r}: no such arm, or no such export"
 
 
 def read_campaign(path: Path, env: Mapping[str, str]) -> Campaign:
@@ -69,23 +90,18 @@ def read_campaign(path: Path, env: Mapping[str, str]) -> Campaign:
         arms = {arm: common | knobs for arm, knobs in expand(raw).items()}
         exports = {name: files_of(table) for name, table in raw["exports"].items()}
         found = Campaign(raw["name"], raw["seeds"], raw["control"], raw.get("branch", 0), raw["calibration_tokens"],
-                         raw["val_tokens"], arms, exports)
+                         raw["val_tokens"], arms, exports, raw.get("frozen", {}))
     except (OSError, ValueError, KeyError) as fault:
         raise SpecError([f"{path}: {type(fault).__name__}: {fault}"]) from fault
-    problems = [f"{path}: control {found.control!r} is no arm"] * (found.control not in arms)
-    for arm, knobs in arms.items():
-        problems += [f"{path}: arm {arm}: {fault}" for fault in Config.parse(knobs)[1]]
-    for name, files in exports.items():
-        problems += [f"{path}: export {name}: {fault}" for options in files for fault in ExportOptions(**options).problems()]
-    if problems:
+    if problems := [f"{path}: {fault}" for fault in found.problems()]:
         raise SpecError(problems)
     return found
 
 
 def files_of(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The options of every file of an export: one, or as many as a listed EXPORT_BITS has."""
-    bits = table.get("EXPORT_BITS")
-    tables = [{**table, "EXPORT_BITS": one} for one in bits] if isinstance(bits, list) else [table]
+    """The options of every file of an export: one, or as many as the values of a knob that is listed."""
+    listed = [name for name, value in table.items() if isinstance(value, list)]
+    tables = [{**table, name: value} for name in listed for value in table[name]] or [table]
     return [options_of(as_knobs(one)) for one in tables]
 
 
@@ -123,21 +139,32 @@ def scores_of(campaign: Campaign, arm: str, seed: int) -> dict[str, dict[str, An
 
 
 def score(campaign: Campaign, arm: str, seed: int) -> dict[str, dict[str, Any]]:
-    """Bytes and val_bpb of every export that scores.json lacks; each goes there at once."""
+    """Bytes and val_bpb of every export of the arm that scores.json lacks; each goes there at once."""
     folder, knobs = campaign.folder(arm, seed), campaign.arms[arm]
     path, found = folder / "scores.json", scores_of(campaign, arm, seed)
     state, meta = export_verbs.read_with_meta(str(folder / "final_model.safetensors"), [])
     subject = Subject(str(folder), state, meta, argparse.Namespace(
         data=knobs["DATA_PATH"], tokenizer=knobs["TOKENIZER_PATH"], device=knobs.get("DEVICE", "auto"),
         max_tokens=campaign.val_tokens, calibration_tokens=campaign.calibration_tokens))
-    for name in (FLOAT, *campaign.exports):
+    for name in (FLOAT, *campaign.exports_of(arm)):
         if name not in found:
-            files = [subject.measure(Way(name, options, calibrated=options.get("export_scheme") == "rd"), {})
-                     for options in campaign.exports.get(name, [])] or [{"val_bpb": subject.evaluate(state).val_bpb}]
+            if name == FLOAT:
+                files = [{"val_bpb": subject.evaluate(state).val_bpb}]
+            elif arm in campaign.frozen:
+                files = [own_file(subject, folder)]
+            else:
+                files = [subject.measure(Way(name, options, calibrated=options.get("export_scheme") == "rd"), {})
+                         for options in campaign.exports[name]]
             means = {key: statistics.mean(row[key] for row in files) for key in ("val_bpb", "bytes") if key in files[0]}
             found[name] = means | {"files": [row["val_bpb"] for row in files]}
             write_object(path, found)
     return found
+
+
+def own_file(subject: Subject, folder: Path) -> dict[str, float]:
+    """Of the artifact that the run itself wrote."""
+    path = folder / json.loads((folder / "summary.json").read_text(encoding="utf-8"))["artifact"]
+    return {"bytes": path.stat().st_size, "val_bpb": subject.evaluate(load_artifact(str(path)).state).val_bpb}
 
 
 def carry_out(campaign: Campaign, spec: Path, arms: list[str], seeds: list[int], slots: int, threads: int) -> int:
@@ -146,7 +173,7 @@ def carry_out(campaign: Campaign, spec: Path, arms: list[str], seeds: list[int],
         arm, seed = job
         try:
             train(campaign, arm, seed, threads)
-            if len(scores_of(campaign, arm, seed)) > len(campaign.exports):
+            if scores_of(campaign, arm, seed).keys() >= {FLOAT, *campaign.exports_of(arm)}:
                 return 0
             scoring = [sys.executable, __file__, "score", str(spec), "--only", arm, "--seeds", str(seed)]
             env = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
@@ -196,15 +223,17 @@ def mean_bytes(scores: Mapping[int, Any], name: str) -> str:
 
 
 def cell(c: paired.Comparison, scores: Mapping[int, Any], control: Mapping[int, Any], name: str) -> str:
-    """`mean +- half of the interval` in mbpb, and bytes beyond the control's in per cent where they differ."""
+    """`mean +- half of the interval` in mbpb, its own p, the verdict over all arms or the seeds that it would need, bytes."""
     if c.difference is None:
         return ""
     shares = [scores[s][name]["bytes"] / control[s][name]["bytes"] - 1 for s in scores.keys() & control.keys()
               if "bytes" in scores[s].get(name, {})]
     more = f" ({statistics.mean(shares):+.1%} B)" if shares and abs(statistics.mean(shares)) >= 0.002 else ""
     half = "" if c.low is None or c.high is None else f" ± {500 * (c.high - c.low):.1f}"
-    mark = {paired.BETTER: " **better**", paired.WORSE: " worse"}.get(c.verdict, "")
-    return f"{1000 * c.difference:+.1f}{half}{mark}{more}"
+    chance = f" p={c.p_paired:.1g}" if c.p_paired is not None and c.p_paired < 0.05 else ""
+    verdict = {paired.BETTER: " **better**", paired.WORSE: " worse"}.get(
+        c.verdict, f" ({c.seeds_needed} seeds)" if c.seeds_needed else "")
+    return f"{1000 * c.difference:+.1f}{half}{chance}{verdict}{more}"
 
 
 def arguments_of(arguments: list[str]) -> tuple[argparse.Namespace, Campaign]:

@@ -24,7 +24,6 @@ val_tokens = 512
 [knobs]
 {knobs}
 COMPRESSION_REG_INTERVAL = 1
-INT8_KEEP_FLOAT_MAX_NUMEL = 200
 [exports.int8]
 INT8_KEEP_FLOAT_MAX_NUMEL = 200
 [exports.rd2]
@@ -33,7 +32,16 @@ EXPORT_BITS = [2, 2.1]
 TCQ_STATES = 8
 [arms.plain]
 [arms.ternary]
+INT8_KEEP_FLOAT_MAX_NUMEL = 200
 TERNARY_REG_WEIGHT = 50
+[arms.freeze]
+EXPORT_SCHEME = "rd"
+EXPORT_BITS = 2.05
+TCQ_STATES = 8
+CALIBRATION_TOKENS = 512
+FINISH_STEPS = 4
+[frozen]
+freeze = "rd2"
 """
 
 
@@ -52,7 +60,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys):
-    assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
+    assert campaign.main(["run", str(spec), "--seeds", "1", "--only", "ternary"]) == 0
     trunk, arm = (tmp_path / "logs" / f"t_{name}_s1" for name in ("plain", "ternary"))
     assert sorted(losses(trunk)) == [1, 2, 3, 4]
     assert sorted(losses(arm)) == [3, 4]                            # the first two steps are the trunk's
@@ -64,7 +72,7 @@ def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys)
     assert len(scores["rd2"]["files"]) == 2
     assert scores["rd2"]["val_bpb"] == pytest.approx(sum(scores["rd2"]["files"]) / 2)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("logs/*/*") if path.name != "campaign.out"}
-    assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
+    assert campaign.main(["run", str(spec), "--seeds", "1", "--only", "ternary"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     capsys.readouterr()
     assert campaign.main(["table", str(spec)]) == 0
@@ -76,7 +84,23 @@ def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys)
         assert text.startswith(f"{1000 * (scores[name]['val_bpb'] - control[name]['val_bpb']):+.1f}")
 
 
+def test_a_frozen_run_is_scored_by_the_file_that_it_wrote(spec, tmp_path, capsys):
+    assert campaign.main(["run", str(spec), "--seeds", "1", "--only", "freeze"]) == 0
+    folder = tmp_path / "logs" / "t_freeze_s1"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert list(scores) == ["float", "rd2"]
+    assert scores["rd2"]["bytes"] == (folder / "final_model.rd.anlm").stat().st_size
+    assert scores["rd2"]["val_bpb"] == pytest.approx(scores["float"]["val_bpb"], abs=1e-3)    # it was evaluated as trained
+    capsys.readouterr()
+    assert campaign.main(["table", str(spec)]) == 0
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
+    assert row[0] == "freeze"
+    assert [bool(cell) for cell in row[2:]] == [True, False, True]      # nothing under an export that it was not made for
+
+
 @pytest.mark.parametrize(("old", "new", "message"), [
+    ('freeze = "rd2"', "", "arm freeze: [frozen] must name those that have FINISH_STEPS under EXPORT_SCHEME=rd"),
+    ('freeze = "rd2"', 'freeze = "rd9"', "[frozen] freeze = 'rd9': no such arm, or no such export"),
     ('control = "plain"', 'control = "none"', "control 'none' is no arm"),
     ("TERNARY_REG_WEIGHT = 50", "TERNARY_REG_WEIGHT = -1", "arm ternary: TERNARY_REG_WEIGHT must be at least 0, got -1"),
     ("EXPORT_BITS = [2, 2.1]", "EXPORT_BITS = [2, 20]", "export rd2: EXPORT_BITS must be at most 9, got 20"),
