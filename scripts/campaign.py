@@ -223,7 +223,7 @@ def mean_bytes(scores: Mapping[int, Any], name: str) -> str:
 
 
 def cell(c: paired.Comparison, scores: Mapping[int, Any], control: Mapping[int, Any], name: str) -> str:
-    """`mean +- half of the interval` in mbpb, its own p, the verdict over all arms or the seeds that it would need, bytes."""
+    """`mean +- half of the interval` in mbpb, its own p, the verdict over all arms or the seeds it would need, bytes."""
     if c.difference is None:
         return ""
     shares = [scores[s][name]["bytes"] / control[s][name]["bytes"] - 1 for s in scores.keys() & control.keys()

@@ -35,7 +35,7 @@ import export_verbs
 from compare_exports import Subject
 from export import ExportOptions, Statistics, Term
 from falsifiers import role_of
-from numuon import ranks
+from size_gauge import ranks
 
 Terms = Mapping[str, Sequence[Term]]
 Row = dict[str, Any]

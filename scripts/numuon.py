@@ -1,4 +1,4 @@
-"""MUON_VARIANT=numuon: Muon with updates of limited rank, and gauges of the ranks of weights.
+"""MUON_VARIANT=numuon: Muon with updates of limited rank.
 
     MUON_VARIANT=numuon NUMUON_RANK_FRAC_FINAL=0.25 python train_gpt.py
 
@@ -30,7 +30,6 @@ from train_gpt import Config, Muon
 RANK_FALLS_UNTIL = 0.8      # share of the run; the final rank holds from there
 OVERSAMPLING = 8            # directions carried along beyond the k that are used
 BLOCKS = 2                  # of the Krylov space
-NEGLIGIBLE = 1e-3           # of the largest singular value, for the gauge of rank
 
 
 class NuMuon(Muon):
@@ -90,13 +89,3 @@ def leading_directions(g: Tensor, start: Tensor, rank: int) -> tuple[Tensor, Ten
     right = (projected.T @ vectors / values.clamp_min(1e-30)).float()
     following = torch.where(present, right, start).contiguous()
     return left[:, :rank], right[:, :rank] * present[:rank], following
-
-
-@torch.no_grad()
-def ranks(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a matrix (rows, cols), as scalars on its device: its numerical rank, that is how many singular values are above
-    NEGLIGIBLE of the largest, and its stable rank ||w||_F^2 / ||w||_2^2. Both are 0 of a zero matrix.
-    """
-    values = torch.linalg.svdvals(w.float())
-    largest = values[0].clamp_min(torch.finfo(torch.float32).tiny)
-    return (values > NEGLIGIBLE * largest).sum(), (values / largest).square().sum()

@@ -21,7 +21,8 @@ from torch._dynamo.testing import CompileCounter
 
 import numuon
 import train_gpt
-from numuon import NuMuon, leading_directions, rank_fraction, ranks, starting_block
+from numuon import NuMuon, leading_directions, rank_fraction, starting_block
+from size_gauge import ranks
 from train_gpt import Config, Runtime, orthogonalise, train_step
 
 NUMUON = {"MUON_VARIANT": "numuon"}
@@ -328,13 +329,3 @@ def test_a_device_without_float64_is_refused() -> None:
 def test_only_numuon_needs_the_module() -> None:
     assert Config().tools() == {}
     assert Config(muon_variant="numuon").tools() == {"MUON_VARIANT=numuon": "numuon"}
-
-
-@pytest.mark.parametrize(("values", "rank", "stable"), [
-    ([2.0, 2.0, 2.0], 3, 3.0), ([4.0, 2.0, 0.0], 2, 1.25), ([1.0, 1.1e-3, 0.9e-3], 2, 1.0), ([0.0, 0.0, 0.0], 0, 0.0),
-])
-def test_gauges_of_a_known_spectrum(values: list[float], rank: int, stable: float) -> None:
-    u, _, vh = torch.linalg.svd(random_matrix(5, 3).double(), full_matrices=False)
-    found = ranks((u * torch.tensor(values) @ vh).float())
-    assert int(found[0]) == rank
-    assert float(found[1]) == pytest.approx(stable, abs=1e-4)

@@ -302,8 +302,26 @@ def test_the_size_gauge_logs_all_proxies_beside_the_true_size(run_folder: Path) 
     for row in rows:
         assert {f.name for f in fields(proxies.Proxies)} <= row.keys()
         assert row["predicted_bytes"] == pytest.approx(row["artifact_bytes"], rel=UNTRAINED_ROWS)
+        assert 0 < row["stable_rank_share"] < row["rank_share"] <= 1
     said = (run_folder / "train.log").read_text()
     assert f"predicted_bytes:{rows[-1]['predicted_bytes']:.0f} metadata_bytes:" in said
+
+
+@pytest.mark.parametrize(("values", "rank", "stable"), [
+    ([2.0, 2.0, 2.0], 3, 3.0), ([4.0, 2.0, 0.0], 2, 1.25), ([1.0, 1.1e-3, 0.9e-3], 2, 1.0), ([0.0, 0.0, 0.0], 0, 0.0),
+])
+def test_gauges_of_a_known_spectrum(values: list[float], rank: int, stable: float) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).double(), full_matrices=False)
+    found = size_gauge.ranks((u * torch.tensor(values) @ vh).float())
+    assert int(found[0]) == rank
+    assert float(found[1]) == pytest.approx(stable, abs=1e-4)
+
+
+def test_the_share_of_rank_is_the_mean_over_the_matrices_of_the_blocks() -> None:
+    thin = torch.diag(torch.tensor([3.0, 3.0, 0.0, 0.0]))
+    state = {"blocks.0.mlp.fc.weight": torch.eye(4), "blocks.1.mlp.fc.weight": thin, "tok_emb.weight": thin,
+             "blocks.0.resid_mix": torch.zeros(2, 4)}
+    assert size_gauge.rank_shares(state) == pytest.approx({"rank_share": 0.75, "stable_rank_share": 0.75})
 
 
 def test_every_proxy_but_one_is_ranked_against_its_own_true_value(
