@@ -76,11 +76,12 @@ row sizes, and then their positions side by side. A state x gives the slot x mod
 A symbol is (code >> raw bits) + 63, or 127 = escape, followed by 16 bits of the code's two's complement. Its context is 2 x
 bucket + parity. The bucket is floor((level + learned + 192) / 8), 0..79: level = row size - row step - column step (for
 steps and sizes 0), within +-512; learned = 4 k - 512, k being how many of floor(2^(0/32)), floor(2^(4/32)), ...,
-floor(2^(1532/32)) are at most floor(S / (8 + i)) at row i, for i below 32 and multiples of 8, else as before; S = 8 x 2^16
-plus, over the rows so far, |position| x floor(2^((512 - level) / 32)). A code has max(bucket // 4 - 8 - t, 0) raw bits,
-t = 1 with a trellis. The shares of a context are of 2^16: floor(count x (2^16 - 4) / all counts), 4 for the escape, what is
-missing to the first of the largest; a symbol without a share is escaped. Counts start at `prior`, steps and sizes having
-theirs, grow by 64 a symbol, and make new shares after the row in which max(512, seen // 8) came together.
+floor(2^(1532/32)) are at most floor(2^16 S / E) at row i, for i below 32 and multiples of 8, else as before. S and E start
+at 8 x floor(2^((512 + level) / 32)) of the first row; each row adds 2^16 |position| to S, which stays at most 2^46, and
+floor(2^((512 + level) / 32)) to E. A code has max(bucket // 4 - 8 - t, 0) raw bits, t = 1 with a trellis. The shares of a
+context are of 2^16: floor(count x (2^16 - 4) / all counts), 4 for the escape, what is missing to the first of the largest;
+a symbol without a share is escaped. Counts start at `prior`, steps and sizes having theirs, grow by 64 a symbol, and make
+new shares after the row in which max(512, seen // 8) came together.
 
 A reader rejects, as ArtifactError, whatever breaks a line above, and: tensors beyond 2^30 bytes in all, a raw length
 above 1032 x the coded one (deflate's limit), a deflate stream that ends before or after its raw length or its coded
@@ -1083,24 +1084,28 @@ Values = dict[str, np.ndarray]          # of one tensor, by kind
 def code_matrix(coder: Coder, model: SymbolModel, levels: np.ndarray, widths: Sequence[int], col_steps: np.ndarray,
                 states: int, given: np.ndarray | None) -> np.ndarray:
     """Integers (rows, columns), row after row. The context of each is its expected magnitude, that is 2^((level - column
-    step) / OCTAVE) x the mean so far of the column in units of that, and the parity that the trellis demands. `levels`
-    (rows, parts) are those of parts of `widths` columns.
+    step) / OCTAVE) x what the column so far has of all that was expected so, and the parity that the trellis demands (a
+    ratio of sums: the mean of ratios is in the hands of rows where next to nothing is expected). `levels` (rows, parts) are
+    those of parts of `widths` columns.
     """
     following, raw_bits = trellis(states), shifts(model.doubled)
     table = np.array([power(k) for k in range(0, 48 * OCTAVE, 4)])
-    weights = np.array([power(FIXED_ONE - k) for k in range(-FIXED_ONE, FIXED_ONE + 1)])
+    expectations = np.array([power(FIXED_ONE + k) for k in range(-FIXED_ONE, FIXED_ONE + 1)])
     state, learned = np.zeros(len(col_steps), np.int64), np.zeros(len(col_steps), np.int64)
-    sums, found = np.full(len(col_steps), PRIOR_ROWS << 16), np.zeros((len(levels), len(col_steps)), np.int32)
+    sums, expected, found = 0, 0, np.zeros((len(levels), len(col_steps)), np.int32)
     for i in range(len(levels)):
         level = np.clip(np.repeat(levels[i], widths) - col_steps, -FIXED_ONE, FIXED_ONE)
-        if i < 32 or i % 8 == 0:        # the means move slowly, and this is most of the work
-            learned = 4 * np.searchsorted(table, sums // (PRIOR_ROWS + i), side="right") - FIXED_ONE
+        if not i:
+            sums = expected = PRIOR_ROWS * expectations[level + FIXED_ONE]
+        if i < 32 or i % 8 == 0:        # the ratios move slowly, and this is most of the work
+            learned = 4 * np.searchsorted(table, (sums << 16) // expected, side="right") - FIXED_ONE
         buckets = np.clip((level + learned - LOWEST_OCTAVE * OCTAVE) // (OCTAVE // 4), 0, BUCKETS - 1)
         parity = state & model.doubled
         found[i] = row = coder.code(model, 2 * buckets + parity, raw_bits[buckets], parity,
                                     None if given is None else given[i].astype(np.int64))
         state = following[state, (row >> model.doubled) & 1]
-        sums += np.abs(row) * weights[level + FIXED_ONE]
+        sums = np.minimum(sums + (np.abs(row).astype(np.int64) << 16), 2**46)
+        expected = expected + expectations[level + FIXED_ONE]
     return found
 
 
@@ -1247,15 +1252,20 @@ def on_grid(p: Prepared, dial: float, states: int, penalty: float, prices: np.nd
     positions[:, p.order] = placed.T
     col_steps = np.empty_like(ordered)
     col_steps[p.order] = ordered
+    return described(positions, p.row_steps, col_steps)
+
+
+def described(positions: np.ndarray, row_steps: np.ndarray, col_steps: np.ndarray) -> dict[str, np.ndarray]:
+    """Positions (rows, cols) and the exponents of their steps with what else the file says of them."""
     magnitudes = np.abs(positions)
     usual = magnitudes.mean(0) + 2.0**-12           # of a column: wide ones must not speak for the row
     reach = (magnitudes / usual).mean(1) * np.exp2((np.log2(usual) + col_steps / OCTAVE).mean())
     lowest = (float(reach.max()) or float(np.exp2(col_steps.mean() / OCTAVE))) * 2.0**-12
     reach = np.maximum(reach, lowest)               # rows of zeros
-    sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + p.row_steps
+    sizes = (ROW_TABLE * np.rint(np.log2(reach) * OCTAVE / ROW_TABLE)).astype(np.int64) + row_steps
     sizes = sizes.clip(-MAX_EXPONENT, MAX_EXPONENT)     # of nearly empty matrices
-    bases = [middle_of(v) for v in (col_steps, p.row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
-    kinds = {"bases": np.array(bases), "row_steps": p.row_steps, "col_steps": col_steps, "row_sizes": sizes}
+    bases = [middle_of(v) for v in (col_steps, row_steps, sizes)] + [COL_TABLE, ROW_TABLE, ROW_TABLE]
+    kinds = {"bases": np.array(bases), "row_steps": row_steps, "col_steps": col_steps, "row_sizes": sizes}
     return {"positions": positions.reshape(-1), **{kind: values.astype(np.int16) for kind, values in kinds.items()}}
 
 
@@ -1385,6 +1395,14 @@ def small_choice(tensor: Tensor) -> Choice:
     return Choice("int", "row", MAX_CODE) if tensor.numel() >= 64 else Choice("f16")
 
 
+def with_small(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, placed: Mapping[str, Stored]
+               ) -> Export:
+    """The file of matrices that are `placed` and of all that is none."""
+    exact = replace(options, int8_scale_floor=0.0)
+    return assembled(state, meta, options, {
+        name: placed[name] if name in placed else store(name, t, small_choice(t), exact) for name, t in state.items()})
+
+
 def planned_bits(prepared: Sequence[Prepared], dial: float) -> float:
     """What the positions will take, of the form that a Gaussian's rate has at high and at low resolution."""
     total = 0.0
@@ -1417,29 +1435,27 @@ def rd_budget(options: ExportOptions, weights: int, code_bytes: int) -> tuple[in
 
 
 def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, statistics: Statistics,
-                    code_bytes: int, reserve_bytes: int, given: Mapping[str, Stored]) -> Export:
+                    code_bytes: int, reserve_bytes: int, given: Iterable[Mapping[str, Stored]]) -> Export:
     """The export of least expected loss in the bytes that EXPORT_BITS or the cap leaves, at most RD_WINDOW_BYTES below them.
     One dial sets all steps, because all costs are in nats: at equal cost x step^2 no bit is worth more elsewhere (Shoham &
     Gersho 1988). Raises ArtifactError where the coarsest grid is too large.
     """
     names = [name for name, t in state.items() if name in matrices({name: t.shape}) and dtype_name(t) in FLOATS]
     prepared = in_threads(lambda name: prepare(name, state[name], statistics.terms[name]), names)
-    rest = {name: store(name, t, small_choice(t), replace(options, int8_scale_floor=0.0))
-            for name, t in state.items() if name not in names}
     high, aim, window = rd_budget(options, sum(t.numel() for t in state.values()), code_bytes)
-    high, aim, overhead, found = high - reserve_bytes, aim - reserve_bytes, 0.0, []
-    if given:
-        made = assembled(state, meta, options, dict(sorted((rest | dict(given)).items())))
+    high, aim, overhead, found, note = high - reserve_bytes, aim - reserve_bytes, 0.0, [], ""
+    for placed in given:
+        made = with_small(state, meta, options, placed)
         made.report = replace(made.report, planned_bytes=high, expected_nats=0.0)
         if len(made.data) <= high:
             return made
+        note = f"the integers of FINISH_STEPS take more than {high} bytes: placed anew"
     prices = SymbolModel(int(options.tcq_states > 0)).prices()
     for _ in range(MAX_DIALS):
         dial = dial_for(prepared, 8 * aim - overhead)
-        placed = in_threads(lambda p, dial=dial, prices=prices: stored_on_grid(state[p.name], p, dial, options, prices),
+        stored = in_threads(lambda p, dial=dial, prices=prices: stored_on_grid(state[p.name], p, dial, options, prices),
                             prepared)
-        export = assembled(state, meta, options, {s.row.name: s for s in sorted(
-            [*rest.values(), *placed], key=lambda s: s.row.name)})
+        export = with_small(state, meta, options, {s.row.name: s for s in stored})
         export.dial = dial
         found.append(export)
         if high - window <= len(export.data) <= high or not names:
@@ -1453,8 +1469,7 @@ def rate_distortion(state: dict[str, Tensor], meta: Mapping[str, Any], options: 
     loss = sum(expected_loss(state[name] - restore(s.row, s.values).to(state[name].dtype), statistics.terms[name])
                for name, s in best.tensors.items() if name in names)
     slow = "" if compiled(best_path) else "numba is not installed: the search for paths took 20 to 80 times as long"
-    over = f"the integers of FINISH_STEPS take more than {high} bytes: placed anew" if given else ""
-    best.report = replace(best.report, planned_bytes=high, expected_nats=loss, note=over or slow,
+    best.report = replace(best.report, planned_bytes=high, expected_nats=loss, note=note or slow,
                           step_gains={p.name: p.gain_bits for p in prepared})
     return best
 
@@ -1743,11 +1758,12 @@ class Artifact:
 def encode_artifact(
     state: Mapping[str, Tensor], meta: Mapping[str, Any], options: ExportOptions, *,
     statistics: Statistics | None = None, sensitivity: SensitivityMap | None = None, code_bytes: int = 0,
-    reserve_bytes: int = 0, placed: Mapping[str, Stored] | None = None,
+    reserve_bytes: int = 0, placed: Iterable[Mapping[str, Stored]] = (),
 ) -> Export:
     """The bytes of the file, and what they cost and lose. `statistics` weigh errors; EXPORT_ALLOCATE=hessian and
     EXPORT_SCHEME=rd need them as =sensitivity needs its map. The total that is fitted to the cap includes `code_bytes`, and
-    rd leaves `reserve_bytes` of it free. Matrices that are `placed` already are stored so. Raises ArtifactError, ValueError.
+    rd leaves `reserve_bytes` of it free. The first of the ways in which matrices are `placed` already that fits is stored
+    so. Raises ArtifactError, ValueError.
     """
     if faults := options.problems():
         raise ValueError("; ".join(faults))
@@ -1767,7 +1783,7 @@ def encode_artifact(
     meta = {**meta, "export": options.changed} if options.changed else dict(meta)
     if options.export_scheme == "rd":
         assert statistics is not None
-        return rate_distortion(weights, meta, options, statistics, code_bytes, reserve_bytes, placed or {})
+        return rate_distortion(weights, meta, options, statistics, code_bytes, reserve_bytes, placed)
     if options.export_rotate:
         weights, statistics = tool("symmetries").rotated(weights, statistics)
     if options.solves:

@@ -53,7 +53,6 @@ from export import (
     ExportOptions,
     ExportRefused,
     SizeReport,
-    Statistics,
     decode_artifact,
     encode_artifact,
     knob,
@@ -228,8 +227,9 @@ class Config(ExportOptions, ModelShape):
         0.0, "Objective", "train through uniform noise of this step, in spreads of a row, laid out as the export's; 0 = off")
     noise_qat_start_frac: float = knob(0.7, "Objective", "share of the training after which the noise sets in")
     finish_steps: int = knob(
-        0, "Objective", "last steps: int8 weights are seen as the export rounds them, rd's are frozen in turn; 0 = none")
-    finish_lr: float = knob(0.12, "Objective", "share of the learning rates that these steps start with, falling to zero")
+        0, "Objective", "last steps that see the weights as the file will hold them: rounded each step, or, where a trellis"
+        " places them (EXPORT_SCHEME=rd, TCQ_STATES above 0), frozen in turn; 0 = none")
+    finish_lr: float = knob(0.12, "Objective", "share of the learning rates that freezing starts with, falling to zero")
     export_grid_every: int = knob(
         1000, "Objective", "steps between looks at the export: rd's steps, price lists, the shape of the weights", low=1)
 
@@ -263,6 +263,11 @@ class Config(ExportOptions, ModelShape):
     def has_objective(self) -> bool:
         """Something beside the cross-entropy acts on the weights."""
         return any(getattr(self, name) for name in TERMS)
+
+    @property
+    def freezing_steps(self) -> int:
+        """FINISH_STEPS where they freeze the weights; where they round them the schedule is that of other steps."""
+        return self.finish_steps if self.export_scheme == "rd" and self.tcq_states else 0
 
     @property
     def shape(self) -> ModelShape:
@@ -340,9 +345,9 @@ class Config(ExportOptions, ModelShape):
             (self.noise_qat_start_frac >= 1, f"NOISE_QAT_START_FRAC must be below 1, got {self.noise_qat_start_frac:g}"),
             (self.finish_steps > self.iterations,
              f"FINISH_STEPS must be at most ITERATIONS={self.iterations}, got {self.finish_steps}"),
-            (self.export_scheme == "rd" and 0 < self.finish_steps <= self.unique_blocks,
-             f"FINISH_STEPS freezes the embedding and {self.unique_blocks} blocks in turn under EXPORT_SCHEME=rd: it must be"
-             f" 0 or at least {self.unique_blocks + 1}, got {self.finish_steps}"),
+            (0 < self.freezing_steps <= self.unique_blocks,
+             f"FINISH_STEPS freezes the embedding and {self.unique_blocks} blocks in turn under TCQ_STATES above 0: it must"
+             f" be 0 or at least {self.unique_blocks + 1}, got {self.finish_steps}"),
             (self.finish_steps > 0 and self.export_tune_steps > 0,
              "FINISH_STEPS trains what EXPORT_TUNE_STEPS would tune; unset one of them"),
         ) if wrong]
@@ -1182,16 +1187,16 @@ def build_optimizers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.O
 
 def lr_scale(cfg: Config, step: int, elapsed_ms: float) -> float:
     """Factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps, or over the time that so many
-    steps take at the pace so far when a wallclock cap is set. FINISH_STEPS come after that, linear from FINISH_LR to 0.
+    steps take at the pace so far when a wallclock cap is set. Steps that freeze come after that, linear from FINISH_LR to 0.
     """
-    left, step_ms = steps_left(cfg, step, elapsed_ms), elapsed_ms / max(step, 1)
-    if left <= cfg.finish_steps > 0:
-        return cfg.finish_lr * left / cfg.finish_steps
+    left, step_ms, last = steps_left(cfg, step, elapsed_ms), elapsed_ms / max(step, 1), cfg.freezing_steps
+    if left <= last > 0:
+        return cfg.finish_lr * left / last
     if cfg.warmdown_iters == 0:
         return 1.0
     if cfg.max_wallclock_seconds == 0:
-        return min(1.0, max(0.0, (cfg.iterations - cfg.finish_steps - step) / cfg.warmdown_iters))
-    remaining_ms = max(1000 * cfg.max_wallclock_seconds - elapsed_ms - cfg.finish_steps * step_ms, 0.0)
+        return min(1.0, max(0.0, (cfg.iterations - last - step) / cfg.warmdown_iters))
+    remaining_ms = max(1000 * cfg.max_wallclock_seconds - elapsed_ms - last * step_ms, 0.0)
     return min(1.0, remaining_ms / max(cfg.warmdown_iters * step_ms, 1e-9))
 
 
@@ -1544,7 +1549,8 @@ def agree(job: Job, signals: Sequence[int]) -> tuple[float, int]:
 
 def validate(job: Job) -> EvalResult:
     job.clock.pause()
-    result = job.evaluate(job.compiled, job.cfg.val_max_tokens)
+    with job.objective.as_finished() if job.objective is not None else contextlib.nullcontext():
+        result = job.evaluate(job.compiled, job.cfg.val_max_tokens)
     job.seconds["validate"] = job.seconds.get("validate", 0.0) + result.seconds
     train_ms = job.clock.total_ms
     job.folder.log(
@@ -1630,10 +1636,11 @@ def code_bytes(cfg: ExportOptions | None = None) -> int:
     return files[0].stat().st_size if len(files) == 1 else tool("packing").packed_code_bytes(files)
 
 
-def export_model(job: Job, statistics: Statistics | None) -> SizeReport | None:
+def export_model(job: Job) -> SizeReport | None:
     """Writes the artifact (rank 0 only, the others get None) and prints the challenge's size lines."""
+    placed = job.objective.finish(job) if job.objective is not None else ()     # weights are the file's from here on
+    statistics = tool("calibration").calibrate_job(job) if job.cfg.calibration_tokens else None
     t0, cfg, export, state = time.perf_counter(), job.cfg, None, job.model.state_dict()
-    placed = job.objective.finish(job) if job.objective is not None else None
     file_name, name = ARTIFACTS[cfg.export_scheme]
     weights = job.folder.path / "final_model.safetensors"
     reserve = tool("tuning").reserve_bytes(state) if cfg.export_tune_steps else 0
@@ -1908,7 +1915,7 @@ def carry_out(job: Job, t0: float) -> int:
     folder.forget_metrics_from(job.step)
     before = train(job)
     folder.log("peak memory allocated: {} MiB reserved: {} MiB".format(*job.rt.peak_memory_mib()))
-    report = export_model(job, tool("calibration").calibrate_job(job) if cfg.calibration_tokens else None)
+    report = export_model(job)
     after = roundtrip(job) if cfg.final_roundtrip_eval else None
     return summarise(job, before, report, after) if report is not None else 0
 

@@ -9,22 +9,21 @@ never changes, because what it reads does. An evaluation every COMPRESSION_REG_I
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 import export
 import rate_terms
 import weight_terms
 from calibration import batch_start, statistics_now
-from finishing import Freezing
+from finishing import Freezing, Rounding, from_rank_zero
 from train_gpt import Config, Job, Runtime
 from weight_terms import TINY, Sample
 
@@ -85,10 +84,8 @@ def water_filled(job: Job, names: list[str]) -> dict[str, Grid]:
 
 def agreed(rt: Runtime, make: Callable[[], dict[str, Grid]]) -> dict[str, Grid]:
     """The grids that rank 0 makes, on every rank: sums of two GPUs may differ in the last bit, and steps are rounded."""
-    if rt.world_size == 1:
-        return make()
-    mine = {f"{name}/{part}": t for name, grid in make().items() for part, t in vars(grid).items()} if rt.master else {}
-    sent = load_safetensors(rt.broadcast(save_safetensors({key: t.cpu().contiguous() for key, t in mine.items()})))
+    sent = from_rank_zero(rt, lambda: {
+        f"{name}/{part}": t for name, grid in make().items() for part, t in vars(grid).items()})
     names = dict.fromkeys(key.rsplit("/", 1)[0] for key in sent)
     return {name: Grid(*(sent[f"{name}/{part}"].to(rt.device) for part in ("rows", "cols", "level"))) for name in names}
 
@@ -123,7 +120,7 @@ class Objective:
             name for name, p in named.items() if p.ndim == 2 and self.choices[name].codec == "int"]
         self.matrices: dict[str, Tensor] = {name: named[name] for name in sorted(own)}
         self.known = dict(self.matrices)        # without those that were all zero at the last refresh: they have no step yet
-        self.freezing = Freezing(self.matrices, self.options.tcq_states)
+        self.last_phase = Freezing(self.matrices, self.options.tcq_states) if cfg.freezing_steps else Rounding(self.matrices)
         self.grids: dict[str, Grid] = {}
         self.noise_factor = 1.0         # from rd's steps to the noise's
         self.shape = cfg.rate_reg_nu    # of the generalised Gaussian
@@ -150,22 +147,47 @@ class Objective:
         finishes = bool(cfg.finish_steps) and job.steps_left <= cfg.finish_steps
         noisy = cfg.noise_qat_step_sigmas > 0 and job.step >= cfg.noise_qat_start_frac * (job.step + job.steps_left)
         phase = 2 if finishes else int(noisy)
-        freezes = finishes and self.rd
+        on_own_grid = finishes and self.rd
         due = phase > self.phase or (job.step >= self.due_at and (not phase or len(self.known) < len(self.matrices)))
-        if due and (self.terms or cfg.rate_reg_weight or (phase and not freezes)):
+        if due and (self.terms or cfg.rate_reg_weight or (phase and not on_own_grid)):
             self.refresh(job)
         self.phase = phase
-        if freezes:
-            self.freezing.advance(job)
-        if not phase or freezes:
-            return
-        generator = self.generator(job)
-        with torch.no_grad():
-            for name, p in self.known.items():
-                self.kept[name] = p.detach().clone()
-                rows = export.as_rows(p.float(), self.choices[name].axis)
-                seen = self.quantised(name, rows)[1] if finishes else self.noisy(name, rows, generator)
-                p.copy_(export.as_rows(seen, self.choices[name].axis))
+        if on_own_grid:
+            self.last_phase.advance(job)
+        if phase == 2:
+            self.finished()
+        elif phase == 1:
+            generator = self.generator(job)
+            self.replace(self.known, lambda name, rows: self.noisy(name, rows, generator))
+
+    @torch.no_grad()
+    def replace(self, names: Iterable[str], seen: Callable[[str, Tensor], Tensor]) -> None:
+        """Puts what is made of a matrix's rows in its place, until `put_back`."""
+        for name in names:
+            p, axis = self.matrices[name], self.choices[name].axis
+            self.kept[name] = p.detach().clone()
+            p.copy_(export.as_rows(seen(name, export.as_rows(p.float(), axis)), axis))
+
+    def finished(self) -> None:
+        """The weights as the file would hold them now; those that are frozen do already."""
+        if not self.rd:
+            self.replace(self.known, lambda name, rows: self.quantised(name, rows)[1])
+        elif isinstance(self.last_phase, Rounding):
+            self.replace(self.matrices, self.last_phase.rounded)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for name, kept in self.kept.items():
+            self.matrices[name].copy_(kept)
+        self.kept.clear()
+
+    @contextmanager
+    def as_finished(self) -> Iterator[None]:
+        """For a validation: in the last phase, what the file would score."""
+        if self.phase == 2:
+            self.finished()
+        yield
+        self.put_back()
 
     def noisy(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows with uniform noise: as rd lays its steps out, else of one step in each row's own spread."""
@@ -175,13 +197,10 @@ class Objective:
 
     def after(self, job: Job) -> None:
         """Puts the weights back and adds the gradients of the terms there."""
-        with torch.no_grad():
-            for name, kept in self.kept.items():
-                self.matrices[name].copy_(kept)
-        self.kept.clear()
+        self.put_back()
         if job.step % self.cfg.compression_reg_interval == 0 and (self.terms or self.cfg.rate_reg_weight):
             self.add_gradients(job)
-        for name in self.freezing.placed:       # no gradient, and no optimiser moves it
+        for name in self.last_phase.frozen:     # no gradient, and no optimiser moves it
             self.matrices[name].grad = None
 
     def add_gradients(self, job: Job) -> None:
@@ -194,9 +213,9 @@ class Objective:
                         g = job.rt.reduce(g) / job.rt.world_size
                     p.grad = g if p.grad is None else p.grad.add_(g)
 
-    def finish(self, job: Job) -> dict[str, export.Stored]:
+    def finish(self, job: Job) -> Iterable[Mapping[str, export.Stored]]:
         """The matrices at the integers of the file, where a last phase places them; the clock may have cut its end off."""
-        return self.freezing.finish(job) if self.phase == 2 and self.rd else {}
+        return self.last_phase.finish(job) if self.phase == 2 and self.rd else ()
 
     def generator(self, job: Job) -> torch.Generator:
         """Of this step, the same on every rank."""
@@ -328,8 +347,7 @@ class Objective:
             found |= {f"prices/{name}/table": prices.table, f"prices/{name}/widths": prices.widths}
         if self.waterfill is not None:
             found |= {f"waterfill/{key}": t for key, t in self.waterfill.state().items()}
-        if self.freezing.done:
-            found |= {f"freezing/{key}": t for key, t in self.freezing.state().items()}
+        found |= {f"last/{key}": t for key, t in self.last_phase.state().items()}
         return {NAME + key: t.clone() for key, t in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -350,7 +368,7 @@ class Objective:
                       for name in self.matrices if f"grid/{name}/rows" in found}
         self.prices = {name: rate_terms.PriceList(*parts("prices", name, "table", "widths"))
                        for name in ("", *self.matrices) if f"prices/{name}/table" in found}
-        for prefix, owner in (("waterfill/", self.waterfill), ("freezing/", self.freezing)):
+        for prefix, owner in (("waterfill/", self.waterfill), ("last/", self.last_phase)):
             mine = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
             if owner is not None and mine:
                 owner.load(mine)

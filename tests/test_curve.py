@@ -158,7 +158,7 @@ def checkpoint(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) ->
     knobs = tiny_knobs(tiny_data, folder) | {"ITERATIONS": "10", "SAVE_RAW_CHECKPOINT": "1", "RUN_ID": "curve"}
     job = build_job(knobs)
     train_gpt.train(job)
-    train_gpt.export_model(job, None)
+    train_gpt.export_model(job)
     return job.folder.path / "final_model.safetensors"
 
 
