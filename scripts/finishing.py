@@ -29,10 +29,9 @@ from calibration import statistics_now
 from train_gpt import Job, Runtime, code_bytes
 
 MOST_TOKENS = 32_768        # of one look at the network; freezing takes as many as there are groups
-SLACK = 0.005               # share of the bytes that is left free for what plans miss
+SLACK = 0.005               # share of the bytes that freezing leaves free for what plans miss
 SIDE_BITS = 5.2             # of steps and sizes, for each row and each column
-ROUND_AT = 0.6              # of a step, from which on a weight goes to the larger integer: zeros are cheaper
-ROUND_LATEST = 0.8          # where integers do not fit: so far and no further
+NEAREST, LATEST = 0.5, 0.7   # of a step, from which on a weight goes to the larger integer: later where they do not fit
 LOOKS, LAST_LOOK = 32, 30   # the grid's scale follows the size so often in a phase, and not at its very end
 CODED_LOOKS = (0, LAST_LOOK)    # those that make a file, which takes 10 s for 17 million weights
 
@@ -55,7 +54,7 @@ def look(job: Job, names: list[str]) -> tuple[dict[str, Tensor], export.Statisti
 def bits_aimed_at(job: Job) -> float:
     """Of the whole file."""
     weights = sum(t.numel() for t in job.model.state_dict().values())
-    return 8 * (1 - SLACK) * export.rd_budget(job.cfg.export_options, weights, code_bytes(job.cfg))[1]
+    return 8 * export.rd_budget(job.cfg.export_options, weights, code_bytes(job.cfg))[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,7 +115,7 @@ class Rounding:
         table, most = export.COL_TABLE, export.MAX_EXPONENT // 2
         return table * ((self.log_steps[name] + self.dial) * export.OCTAVE / table).round().clamp(-most, most).long()
 
-    def integers(self, name: str, rows: Tensor, at: float = ROUND_AT) -> Tensor:
+    def integers(self, name: str, rows: Tensor, at: float = NEAREST) -> Tensor:
         """(out, in) float32."""
         units = rows / self.steps[name]
         return units.sign() * (units.abs() + (1 - at)).floor().clamp(max=export.MAX_AIM)
@@ -159,9 +158,9 @@ class Rounding:
         with torch.no_grad():
             for name, p in self.matrices.items():
                 p.copy_(self.rounded(name, whole[name]))
-        return (self.placed(whole, at) for at in np.arange(ROUND_AT, ROUND_LATEST, 0.004))
+        return (self.placed(whole, at) for at in np.arange(NEAREST, LATEST, 0.004))
 
-    def placed(self, whole: Mapping[str, Tensor], at: float = ROUND_AT) -> dict[str, export.Stored]:
+    def placed(self, whole: Mapping[str, Tensor], at: float = NEAREST) -> dict[str, export.Stored]:
         found = {}
         for name, w in whole.items():
             row = export.PlanRow(name, tuple(w.shape), export.dtype_name(self.matrices[name]), "grid")
@@ -242,7 +241,7 @@ class Freezing:
         if not self.done:
             made = export.encode_artifact(state, job.meta, options, statistics=known, code_bytes=code_bytes(job.cfg))
             self.prices, self.overhead = made.prices, 8 * len(made.data) - export.planned_bits(prepared, made.dial)
-        dial = export.dial_for(prepared, bits_aimed_at(job) - self.overhead - self.spent)
+        dial = export.dial_for(prepared, (1 - SLACK) * bits_aimed_at(job) - self.overhead - self.spent)
         own = [p for p in prepared if p.name in self.groups[self.done]]
         self.spent += export.planned_bits(own, dial)
         placed = export.in_threads(lambda p: export.stored_on_grid(state[p.name], p, dial, options, self.prices), own)

@@ -62,7 +62,7 @@ def test_steps_of_the_phase_see_points_of_the_files_grid_and_move_the_weights_be
         units = p.double() / phase.steps[name].double()
         assert torch.allclose(units, units.round(), atol=1e-5)
         nearest = (whole[name] / phase.steps[name]).abs()
-        assert torch.equal(units.abs().round(), (nearest + 0.4).floor().double())         # up from 0.6 of a step on
+        assert torch.equal(units.abs().round(), (nearest + 0.5).floor().double())
 
 
 def test_rounded_weights_are_those_of_the_file_and_of_the_last_validation(tiny_env):
