@@ -79,11 +79,12 @@ class Rounding:
         done = 1 - job.steps_left / job.cfg.finish_steps
         if not self.steps:
             self.lay_out(job)
-        look = int(done * LOOKS + 1e-9)
-        if self.looks <= look <= LAST_LOOK:
-            coded = any(self.looks <= at <= look for at in CODED_LOOKS)
-            self.looks = look + 1
-            bits, self.ratio, self.other = from_rank_zero(job.rt, lambda: {"": self.measure(job, coded)})[""].tolist()
+        turn = int(done * LOOKS + 1e-9)
+        if self.looks <= turn <= LAST_LOOK:
+            coded = any(self.looks <= at <= turn for at in CODED_LOOKS)
+            self.looks = turn + 1
+            found = from_rank_zero(job.rt, lambda: {"found": self.measure(job, coded)})["found"]
+            bits, self.ratio, self.other = found.tolist()
             most, weights = bits_aimed_at(job) - self.other, sum(p.numel() for p in self.matrices.values())
             job.folder.log(f"rounded: step:{job.step} bits_per_weight:{bits / weights:.4f} wanted:{most / weights:.4f}")
             self.set_dial(self.dial + (bits - most) / weights)      # a bit is about an octave
