@@ -4,7 +4,7 @@
     mixture = sidecar.learned_mixture(model_nats)                   # or .fixed_mixture(model_nats, 0.02, 0.1)
     mixture.nats.sum()                                              # in nats, of all targets
 
-Tokens are numbered 0 .. N-1 and each but the first is a target; arrays over targets have N-1 entries, entry t-1 for target t.
+Tokens are numbered 0 .. N-1 and each but the first is a target; arrays over targets have N-1 entries, t-1 that of target t.
 Every expert is a distribution over the vocabulary made of counts of tokens[:t] alone, and every mixture is linear in
 probability with weights made of tokens[:t] and of the model's scores of targets before t. So the mixture at t is a
 distribution, it needs no more of the model than its probability of the target, and no score depends on a later token. All
@@ -22,7 +22,7 @@ context was seen, how many different tokens followed it, how surprised the model
 of the plain model and the end of the chain closes it. For any text and any model, summed over the whole text,
 
     nats(mixture) <= min(nats(model), nats(chain)) + ln 2, which is one bit in total, and
-    nats(after an expert) <= nats(before it, mixed with the best weight of the grid in each bucket) + buckets * ln(len(GRID)).
+    nats(after an expert) <= nats(before, mixed with it by the best weight in each bucket) + buckets * ln(len(GRID)).
 
 Not here: mixing logits (PAQ), whose normaliser needs all V probabilities of the model and of each expert everywhere; and
 updates after each token (soft-Bayes, exponentiated gradient), which no cumulative sum gives.
@@ -104,37 +104,46 @@ class Sidecar:
     def counts(self, scope: str) -> Iterator[Counts]:
         """Counts of contexts of 1, 2, ... max_order - 1 tokens.
 
-        `at` holds the last tokens of contexts, sorted by (context, place), so a place within its group is how often the
-        context was seen before. Sorting each group by the next token gives the groups of contexts one token longer. A
-        context that stands alone leaves the list: it was and will be new, and so will be every longer one.
+        The last tokens of contexts are held sorted by (context, place), so the place in its group is how often a context
+        was seen before. Sorting each group by the next token gives the groups of contexts one token longer.
         """
-        n, vocab, documents = self.targets.size, self.vocab_size, self.documents(scope)
-        goes_on = np.arange(n + 1) < n                          # False where no longer context may end
-        goes_on[self.doc_starts[:self.doc_starts.size if scope == "doc" else 0]] = False
-        at, first = sort_groups(documents * vocab + self.tokens[:-1], vocab * (self.doc_starts.size + 1))
+        n, vocab = self.targets.size, self.vocab_size
+        goes_on = np.arange(n + 1) < n                          # False where no context of two tokens or more ends
+        if scope == "doc":
+            goes_on[self.doc_starts] = False
+        at, first = sort_groups(self.documents(scope) * vocab + self.tokens[:-1], vocab * (self.doc_starts.size + 1))
         seen = np.arange(n) - first
         for _ in range(self.max_order - 1):
-            alone = (seen == 0) & np.append(seen[1:] == 0, [True] * bool(seen.size))
-            at, seen = at[~alone], seen[~alone]
-            first = np.arange(at.size) - seen
-            order, first_next = sort_groups(first * vocab + self.tokens[at + 1], vocab * at.size)
-            hits = np.empty_like(seen)
-            hits[order] = np.arange(at.size) - first_next
-            fresh = np.cumsum(hits == 0) - (hits == 0)
-            yield Counts(*(spread(values, at, n) for values in (hits, seen, fresh - fresh[first])))
-            at, seen = at[order] + 1, hits[order]
+            counts, at, seen = self._counts_once(at, seen)
+            yield counts
             at, seen = at[goes_on[at]], seen[goes_on[at]]
+
+    def _counts_once(self, at: np.ndarray, seen: np.ndarray) -> tuple[Counts, np.ndarray, np.ndarray]:
+        """Counts of the contexts that end `at` and were `seen` so often before, both sorted by (context, place); and the
+        same two for the contexts one token longer. Left out is what stands alone: it was and will be new, and so will be
+        every context that it ends.
+        """
+        alone = (seen == 0) & np.append(seen[1:] == 0, [True] * bool(seen.size))
+        at, seen = at[~alone], seen[~alone]
+        first = np.arange(at.size) - seen
+        order, first_next = sort_groups(first * self.vocab_size + self.tokens[at + 1], self.vocab_size * at.size)
+        hits = np.empty_like(seen)
+        hits[order] = np.arange(at.size) - first_next
+        fresh = np.cumsum(hits == 0) - (hits == 0)
+        counts = Counts(*(spread(values, at, self.targets.size) for values in (hits, seen, fresh - fresh[first])))
+        return counts, at[order] + 1, hits[order]
 
     # --- experts: probability of each target, (N-1,) float64 ---------------------------------------------------------------
 
     def cache(self) -> np.ndarray:
         """(hits + 1 / V) / (window + 1), in the last `cache_size` tokens of the first scope: never 0, 1 / V at the start."""
-        n, target = self.tokens.size, np.arange(1, self.tokens.size)
-        begin = np.append(0, self.doc_starts)[self.documents(self.scopes[0])]
-        begin = np.maximum(begin, target - self.cache_size)
-        places = np.sort(self.tokens * n + np.arange(n))                # of each token of the vocabulary, in text order
-        hits = np.searchsorted(places, self.targets * n + target) - np.searchsorted(places, self.targets * n + begin)
-        return (hits + 1 / self.vocab_size) / (target - begin + 1)
+        n = self.tokens.size
+        begin = np.append(0, self.doc_starts)[np.append(0, self.documents(self.scopes[0]))]
+        begin = np.maximum(begin, np.arange(n) - self.cache_size)       # of the window of every token, as a target
+        at, _ = sort_groups(self.tokens, self.vocab_size)
+        key = self.tokens[at] * n
+        hits = spread(np.arange(n) - np.searchsorted(key + at, key + begin[at]), at, n)
+        return (hits[1:] + 1 / self.vocab_size) / (np.arange(1, n) - begin[1:] + 1)
 
     def bigram(self) -> np.ndarray:
         """(hits + distinct * cache) / (total + distinct), Witten and Bell's escape; the cache where the context is new."""
@@ -150,7 +159,7 @@ class Sidecar:
         whose weights to keep.
         """
         a, b = cache_weight, bigram_weight
-        check(min(a, b) >= 0 and a + b < 1, f"weights must be at least 0 with a sum below 1, got cache {a:g} and bigram {b:g}")
+        check(min(a, b) >= 0 and a + b < 1, f"weights must be at least 0, together below 1, got cache {a:g}, bigram {b:g}")
         mixing = Mixing(self._checked(model_nats), self._watched(watch))
         mixing.add("cache", np.full(self.targets.size, a / (1 - b)), self.cache())
         mixing.add("bigram", np.full(self.targets.size, b), self.bigram())
@@ -163,18 +172,12 @@ class Sidecar:
         nats = self._checked(model_nats)
         mixing = Mixing(nats, self._watched(watch))
         model = mixing.mixed
-        surprise = np.digitize(np.append(0.0, nats)[:-1], SURPRISE_NATS)
-        cache = self.cache()
-        mixing.add("cache", learned_weights(cache / model, surprise, GRID), cache)
+        surprise = np.digitize(np.append(0.0, nats)[:-1], SURPRISE_NATS).astype(np.uint16)
+        mixing.learn("cache", self.cache(), surprise)
         for name, counts in self._chain():
-            at = np.flatnonzero(counts.total)
-            frequency = counts.hits / np.maximum(counts.total, 1)
-            bucket = (surprise[at] * (TOTAL_BITS + 1) + bit_length(counts.total[at], TOTAL_BITS)
-                      ) * (DISTINCT_BITS + 1) + bit_length(counts.distinct[at], DISTINCT_BITS)
-            weight = np.zeros(model.size)
-            weight[at] = learned_weights(frequency[at] / mixing.mixed[at], bucket, GRID)
-            mixing.add(name, weight, frequency)
-        mixing.add("guard", learned_weights(mixing.mixed / model, np.zeros_like(surprise), GUARD), mixing.mixed, base=model)
+            frequency, known = counts.hits / np.maximum(counts.total, 1), np.flatnonzero(counts.total)
+            mixing.learn(name, frequency, buckets(surprise, counts), at=known)
+        mixing.learn("guard", mixing.mixed, np.zeros_like(surprise), grid=GUARD, base=model)
         return mixing.result()
 
     def _chain(self) -> Iterator[tuple[str, Counts]]:
@@ -185,14 +188,13 @@ class Sidecar:
         nats = np.asarray(model_nats, dtype=np.float64)
         check(nats.shape == self.targets.shape, f"model_nats must have a value for each of {self.targets.size} targets,"
                                                 f" got shape {nats.shape}")
-        wrong = np.flatnonzero(~((nats >= 0) & (nats <= MOST_NATS)))
-        check(not wrong.size, f"model_nats must be in 0 .. {MOST_NATS:g}, got {nats[wrong[:1]].sum()}"
-                              f" for target {wrong[:1].sum() + 1}")
+        for i in np.flatnonzero(~((nats >= 0) & (nats <= MOST_NATS)))[:1]:
+            raise SidecarError(f"model_nats must be in 0 .. {MOST_NATS:g}, got {nats[i]:g} for target {i + 1}")
         return nats
 
     def _watched(self, watch: Sequence[int]) -> list[int]:
-        wrong = [t for t in watch if not 1 <= t <= self.targets.size]
-        check(not wrong, f"targets are numbered 1 .. {self.targets.size}, got {wrong[:1]}")
+        for t in watch:
+            check(1 <= t <= self.targets.size, f"targets are numbered 1 .. {self.targets.size}, got {t}")
         return [int(t) for t in watch]
 
     # --- distributions, one at a time and by plain counting: what an audit holds the arrays above against ------------------
@@ -211,21 +213,24 @@ class Sidecar:
 
     def expert(self, name: str, target: int) -> np.ndarray:
         """The distribution (V,) of one expert at a target; that of a context is all 0 where it is new."""
+        names = ["cache", "bigram", *(f"{scope}{order}" for order in range(2, self.max_order + 1) for scope in SCOPES)]
+        check(name in names, f"experts are {', '.join(names)}, got {name}")
         scope, vocab = name.rstrip("0123456789"), self.vocab_size
-        counted_scope = scope if scope in SCOPES else self.scopes[0]
-        starts = self.doc_starts[self.doc_starts < target] if counted_scope == "doc" else self.doc_starts[:0]
-        past = self.tokens[int(starts[-1]) if starts.size else 0:target]
+        past = self._past(scope if scope in SCOPES else self.scopes[0], target)
         recent = past[-self.cache_size:]
         cache = (np.bincount(recent, minlength=vocab) + 1 / vocab) / (recent.size + 1)
         if name == "cache":
             return cache
-        length = 1 if name == "bigram" else int(name[len(scope):]) - 1
-        grams = np.lib.stride_tricks.sliding_window_view(past, length + 1) if past.size > length else past[:0].reshape(0, 1)
-        hits = np.bincount(grams[(grams[:, :-1] == past[-length:]).all(axis=1), -1], minlength=vocab)
+        hits = followers(past, 1 if name == "bigram" else int(name[len(scope):]) - 1, vocab)
         if name == "bigram":
             distinct = np.count_nonzero(hits)
             return (hits + distinct * cache) / (hits.sum() + distinct) if distinct else cache
         return hits / max(hits.sum(), 1)
+
+    def _past(self, scope: str, target: int) -> np.ndarray:
+        """The tokens that count for a target."""
+        starts = self.doc_starts[self.doc_starts < target] if scope == "doc" else self.doc_starts[:0]
+        return self.tokens[int(starts[-1]) if starts.size else 0:target]
 
 
 class Mixing:
@@ -247,20 +252,28 @@ class Mixing:
             known[name] = float(weight[t - 1])
         self.mixed = mixed
 
+    def learn(self, name: str, expert: np.ndarray, bucket: np.ndarray, at: np.ndarray | slice = slice(None),
+              grid: np.ndarray = GRID, base: np.ndarray | None = None) -> None:
+        """The same with the weight learned, at the targets `at` and 0 elsewhere."""
+        under = self.mixed if base is None else base
+        weight = np.zeros(expert.size)
+        weight[at] = learned_weights(expert[at] / under[at], bucket[at], grid)
+        self.add(name, weight, expert, base)
+
     def result(self) -> Mixture:
         return Mixture(-np.log(self.mixed), tuple(self.steps), self.weights)
 
 
 def learned_weights(ratio: np.ndarray, bucket: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """The expert's weight at each of n positions, (n,) float64: the mean of `grid` under its posterior given the positions
-    before in the same bucket. ratio: expert over base, (n,), of the target; bucket: (n,) integers.
+    before in the same bucket. ratio: expert over base, (n,), of the target; bucket: (n,) uint16.
 
     The prior is even, so a bucket loses at most ln(len(grid)) nats against the best of the grid: the mixture of a Bayes
     posterior's mean is the Bayes mixture, because a mixture is linear in its weight. Each bucket has its own sums, from
     its first position on: what comes later changes no bit of them.
     """
     weight, grid = np.empty(ratio.size), grid[:, None]
-    order = np.argsort(bucket.astype(np.uint16), kind="stable")         # a radix sort
+    order = np.argsort(bucket, kind="stable")                           # a radix sort
     edges = np.cumsum(np.bincount(bucket, minlength=1))
     for begin, end in zip(np.append(0, edges[:-1]), edges, strict=True):
         log_posterior = np.zeros((grid.size, 1))
@@ -273,6 +286,12 @@ def learned_weights(ratio: np.ndarray, bucket: np.ndarray, grid: np.ndarray) -> 
             posterior = np.exp(before - before.max(axis=0))
             weight[at] = (grid * posterior).sum(axis=0) / posterior.sum(axis=0)
     return weight
+
+
+def buckets(surprise: np.ndarray, counts: Counts) -> np.ndarray:
+    """What the weight of a context's expert may depend on, (N-1,) uint16."""
+    by_total = surprise * np.uint16(TOTAL_BITS + 1) + bit_length(counts.total, TOTAL_BITS)
+    return by_total * np.uint16(DISTINCT_BITS + 1) + bit_length(counts.distinct, DISTINCT_BITS)
 
 
 def sort_groups(key: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]:
@@ -292,6 +311,14 @@ def sort_groups(key: np.ndarray, bound: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.maximum.accumulate(np.where(same, 0, place))
 
 
+def followers(past: np.ndarray, length: int, vocab_size: int) -> np.ndarray:
+    """How often each token (V,) followed what the last `length` tokens of `past` are, within it."""
+    if past.size <= length:
+        return np.zeros(vocab_size, dtype=np.int64)
+    grams = np.lib.stride_tricks.sliding_window_view(past, length + 1)
+    return np.bincount(grams[(grams[:, :-1] == past[-length:]).all(axis=1), -1], minlength=vocab_size)
+
+
 def spread(values: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
     """values at the indices `at` of (size,) int32, 0 elsewhere."""
     out = np.zeros(size, dtype=np.int32)
@@ -301,7 +328,7 @@ def spread(values: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
 
 def bit_length(counts: np.ndarray, most: int) -> np.ndarray:
     """Binary digits of each count, 0 for 0, at most so many."""
-    return np.minimum(np.frexp(counts)[1], most)
+    return np.minimum(np.frexp(counts.astype(np.float32))[1], most).astype(np.uint16)
 
 
 def check(holds: bool | np.bool_, message: str) -> None:
