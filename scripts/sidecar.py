@@ -116,14 +116,14 @@ class Sidecar:
         for _ in range(self.max_order - 1):
             counts, at, seen = self._counts_once(at, seen)
             yield counts
-            at, seen = at[goes_on[at]], seen[goes_on[at]]
+            at, seen = at[goes_on[at]], seen[goes_on[at]]       # who leaves was the last of its group: places stay in step
 
     def _counts_once(self, at: np.ndarray, seen: np.ndarray) -> tuple[Counts, np.ndarray, np.ndarray]:
         """Counts of the contexts that end `at` and were `seen` so often before, both sorted by (context, place); and the
         same two for the contexts one token longer. Left out is what stands alone: it was and will be new, and so will be
         every context that it ends.
         """
-        alone = (seen == 0) & np.append(seen[1:] == 0, [True] * bool(seen.size))
+        alone = (seen == 0) & np.append(seen[1:] == 0, True)[:seen.size]
         at, seen = at[~alone], seen[~alone]
         first = np.arange(at.size) - seen
         order, first_next = sort_groups(first * self.vocab_size + self.tokens[at + 1], self.vocab_size * at.size)
@@ -160,7 +160,7 @@ class Sidecar:
         """
         a, b = cache_weight, bigram_weight
         check(min(a, b) >= 0 and a + b < 1, f"weights must be at least 0, together below 1, got cache {a:g}, bigram {b:g}")
-        mixing = Mixing(self._checked(model_nats), self._watched(watch))
+        mixing = Mixing(self._checked(model_nats), self._numbered(watch))
         mixing.add("cache", np.full(self.targets.size, a / (1 - b)), self.cache())
         mixing.add("bigram", np.full(self.targets.size, b), self.bigram())
         return mixing.result()
@@ -170,7 +170,7 @@ class Sidecar:
         keep. Never above the model's own sum by more than ln 2.
         """
         nats = self._checked(model_nats)
-        mixing = Mixing(nats, self._watched(watch))
+        mixing = Mixing(nats, self._numbered(watch))
         model = mixing.mixed
         surprise = np.digitize(np.append(0.0, nats)[:-1], SURPRISE_NATS).astype(np.uint16)
         mixing.learn("cache", self.cache(), surprise)
@@ -192,7 +192,7 @@ class Sidecar:
             raise SidecarError(f"model_nats must be in 0 .. {MOST_NATS:g}, got {nats[i]:g} for target {i + 1}")
         return nats
 
-    def _watched(self, watch: Sequence[int]) -> list[int]:
+    def _numbered(self, watch: Sequence[int]) -> list[int]:
         for t in watch:
             check(1 <= t <= self.targets.size, f"targets are numbered 1 .. {self.targets.size}, got {t}")
         return [int(t) for t in watch]
@@ -215,6 +215,7 @@ class Sidecar:
         """The distribution (V,) of one expert at a target; that of a context is all 0 where it is new."""
         names = ["cache", "bigram", *(f"{scope}{order}" for order in range(2, self.max_order + 1) for scope in SCOPES)]
         check(name in names, f"experts are {', '.join(names)}, got {name}")
+        self._numbered([target])
         scope, vocab = name.rstrip("0123456789"), self.vocab_size
         past = self._past(scope if scope in SCOPES else self.scopes[0], target)
         recent = past[-self.cache_size:]
@@ -284,7 +285,8 @@ def learned_weights(ratio: np.ndarray, bucket: np.ndarray, grid: np.ndarray) -> 
             log_posterior = log_posteriors[:, -1:] - log_posteriors[:, -1].max()
             before = log_posteriors[:, :-1]
             posterior = np.exp(before - before.max(axis=0))
-            weight[at] = (grid * posterior).sum(axis=0) / posterior.sum(axis=0)
+            # Row by row: numpy's own sum has another order of terms for a chunk of one position than for more.
+            weight[at] = sum(grid * posterior) / sum(posterior)
     return weight
 
 
