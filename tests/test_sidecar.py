@@ -30,7 +30,8 @@ class Text:
     starts: np.ndarray
 
     def sidecar(self, **options: Any) -> Sidecar:
-        return Sidecar(self.tokens, self.vocab_size, doc_starts=self.starts, **{"cache_size": 7, "max_order": 4} | options)
+        settings: dict[str, Any] = {"cache_size": 7, "max_order": 4} | options
+        return Sidecar(self.tokens, self.vocab_size, doc_starts=self.starts, **settings)
 
 
 def random_text(seed: int, size: int = 300, vocab: int = 4) -> Text:
