@@ -12,15 +12,15 @@ A mode is a row or more of train_gpt.MODES and a module with
     problems(cfg) -> list[str]                      what is wrong with its knobs, one line each (of this module alone: all)
     score(ev: Evaluation) -> Iterator[Score]        its scores, each logged and put into summary.json as it comes
 
-It starts from `ev.nats`, the model's own score by the windows that the knobs ask for (side by side without EVAL_STRIDE), which
+It starts from `ev.own`, the model's own score by the windows that the knobs ask for (side by side without EVAL_STRIDE), which
 is computed once for all modes, or makes passes of its own. With all knobs at their defaults nothing of this is imported.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 import train_gpt
 from export import tool, weights_digest, write_atomically
-from train_gpt import NATIVE_GQA, GPT, Block, ByteTable, Config, EvalResult, Job, Runtime, progress, rms_norm, rotate
+from train_gpt import GPT, ByteTable, Config, EvalResult, Job, Runtime, progress
+from window_pass import FloatPass, WindowPass
 
 PASS_TOKENS = 8192, 65_536          # of one forward pass on a CPU, where more would leave its caches, and elsewhere
 SECTIONS = 32                       # parts of a pass over the text whose scores are kept until it is whole
@@ -108,6 +108,13 @@ class Batch:
         return first + np.arange(self.last or self.length)
 
     @cached_property
+    def step(self) -> int:
+        """Tokens from each window's beginning to the next one's where that cuts them all into chunks, else 0."""
+        steps = np.unique(np.diff(self.windows[:, 0]))
+        step = int(steps[0]) if self.last and steps.size == 1 else 0
+        return step if step > 0 and self.length % step == 0 else 0
+
+    @cached_property
     def scored(self) -> np.ndarray:
         """Which of these places count, bool."""
         return (self.targets >= self.windows[:, 1:2]) & (self.targets < self.windows[:, 2:])
@@ -124,75 +131,25 @@ def batches(windows: np.ndarray, budget_tokens: int, granule: int = 1, full: boo
 
     Windows that score all their targets open a stretch and differ in length: the longest come first, so that few places are
     padding. The others are all as long as can be and score some of their last places. `granule` rounds lengths up and `full`
-    repeats windows in batches that would have fewer rows: compiled graphs are then few.
+    adds rows that score nothing to batches that would have fewer: compiled graphs are then few.
     """
     lengths, scored = windows[:, 2] - windows[:, 0] - 1, windows[:, 2] - windows[:, 1]
-    found: list[Batch] = []
+    longest, found = int(lengths.max()), list[Batch]()
 
     def cut(group: np.ndarray, last: int) -> None:
         while group.size:
-            length = -(-int(lengths[group[0]]) // granule) * granule
+            length = min(-(-int(lengths[group[0]]) // granule) * granule, longest)
             rows = max(1, budget_tokens // length)
             mine, group = group[:rows], group[rows:]
-            found.append(Batch(windows[np.resize(mine, rows) if full else mine], length, last))
+            block = windows[np.resize(mine, rows) if full else mine]
+            block[mine.size:, 1] = block[mine.size:, 2]
+            found.append(Batch(block, length, last))
 
     opening = np.flatnonzero(scored == lengths)
     cut(opening[np.argsort(-lengths[opening], kind="stable")], 0)
     going_on = np.flatnonzero(scored < lengths)
     cut(going_on, int(scored[going_on].max(initial=0)))
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The model, where only the last places of a window are scored.
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def last_places(block: Block, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, last: int) -> Tensor:
-    """What the block gives for the last places of x (B, T, D) alone, (B, last, D): all places have keys and values, but only
-    these ask, and only they pass the MLP.
-    """
-    attn, mix = block.attn, block.resid_mix.to(x.dtype)
-    x = mix[0] * x + mix[1] * x0
-    h, x = rms_norm(x), x[:, -last:]
-    sides = (attn.c_q, h[:, -last:], attn.heads), (attn.c_k, h, attn.kv_heads), (attn.c_v, h, attn.kv_heads)
-    q, k, v = (linear(t).unflatten(-1, (count, -1)).transpose(1, 2) for linear, t, count in sides)
-    q, k = rotate(rms_norm(q), cos[-last:], sin[-last:]), rotate(rms_norm(k), cos, sin)
-    q = q * attn.q_gain.to(q.dtype)[:, None, None]
-    j = torch.arange(k.size(2), device=k.device)
-    i = j[-last:, None]
-    native = {"enable_gqa": True} if NATIVE_GQA and attn.kv_heads < attn.heads else {}
-    if not native:
-        k, v = (t.repeat_interleave(attn.heads // attn.kv_heads, dim=1) for t in (k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=(j <= i) & (j > i - (attn.window or j.numel())), **native)
-    x = x + block.attn_scale.to(x.dtype) * attn.proj(y.transpose(1, 2).flatten(2))
-    return x + block.mlp_scale.to(x.dtype) * block.mlp(rms_norm(x))
-
-
-def features(model: GPT, ids: Tensor, last: int) -> Tensor:
-    """`model.features` of ids (B, T) at the last places of each row alone, (B, last, D); 0 = all."""
-    if not last:
-        return model.features(ids)
-    x = model.tok_emb(ids)
-    x = x0 = rms_norm(x if model.embed_proj is None else model.embed_proj(x))
-    cos, sin = (table[: ids.size(1)].to(x.dtype) for table in (model.cos, model.sin))
-    skips: list[Tensor] = []
-    for layer, number in enumerate(model.layer_blocks):
-        if layer >= model.encoder_layers and skips:
-            x = x + model.skip_weights[layer - model.encoder_layers].to(x.dtype) * skips.pop()
-        if layer == len(model.layer_blocks) - 1:
-            x = last_places(model.blocks[number], x, x0, cos, sin, last)
-        else:
-            x = model.blocks[number](x, x0, cos, sin)
-        if layer < model.encoder_layers:
-            skips.append(x)
-    return rms_norm(x)
-
-
-def target_nats(model: GPT, ids: Tensor, targets: Tensor, last: int) -> Tensor:
-    """Cross-entropy of each target, in the shape of `targets`: (B, T), or (B, last) for those of the last places alone."""
-    logits = model.logits(features(model, ids, last).flatten(0, 1))
-    return F.cross_entropy(logits.float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,6 +195,11 @@ class Evaluation:
         starts = np.flatnonzero(self.tokens == self.bos_id) if self.cfg.eval_doc_isolated else ()
         return layout(self.tokens.size, self.length, stride, starts)
 
+    @cached_property
+    def forward(self) -> WindowPass:
+        """The model's passes, for weights that stay as they are: another one for those that do not."""
+        return WindowPass(self.model) if self.rt.compiled or self.rt.dtype is not torch.float32 else FloatPass(self.model)
+
     def batches(self, windows: np.ndarray) -> list[Batch]:
         """Compiled graphs are few: lengths in quarters of a window, all batches whole."""
         rows, compiled = self.cfg.sw_eval_batch, self.rt.compiled
@@ -245,16 +207,12 @@ class Evaluation:
         return batches(windows, budget, max(1, self.length // 4) if compiled else 1, compiled)
 
     @cached_property
-    def nats(self) -> np.ndarray:
-        """The model's own score, (N - 1,) float32."""
-        return self.score_windows("windows", self.windows)
-
-    @cached_property
-    def seconds(self) -> float:
-        """That computing `nats` took, what an interrupted run had done left out."""
-        t0 = time.perf_counter()
-        assert self.nats.size
-        return time.perf_counter() - t0
+    def own(self) -> Score:
+        """The model alone by `windows`. Its seconds leave out what a call before this one had done."""
+        t0, stride = time.perf_counter(), self.cfg.eval_stride
+        name = "_".join(["sliding_window"] * (stride > 0) + ["doc_isolated"] * self.cfg.eval_doc_isolated) or "windows"
+        nats = self.score_windows(name, self.windows)
+        return Score(name, nats, time.perf_counter() - t0, {"stride": stride or self.length, "seq_len": self.length})
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -270,7 +228,7 @@ class Evaluation:
 
     def score_windows(self, name: str, windows: np.ndarray) -> np.ndarray:
         """Nats of the targets that these windows score, at their places of an (N - 1,) float32 array; others are NaN."""
-        work, forward = self.batches(windows), self.rt.compile(target_nats)
+        work, nats_of = self.batches(windows), self.rt.compile(self.forward.nats)
         parts = np.array_split(np.arange(len(work)), min(SECTIONS, len(work)))
         places = [np.concatenate([work[i].targets[work[i].scored] for i in part]) - 1 for part in parts]
 
@@ -278,24 +236,24 @@ class Evaluation:
             sizes = [int(work[i].scored.sum()) for i in parts[number]]
             ends, found = np.cumsum(sizes), torch.zeros(sum(sizes))
             for i, end, size in list(zip(parts[number], ends, sizes, strict=True))[self.rt.rank::self.rt.world_size]:
-                found[end - size:end] = self.run_batch(work[i], forward)
+                found[end - size:end] = self.run_batch(work[i], nats_of)
             return self.rt.reduce(found.to(self.rt.device)).cpu().numpy()   # the other ranks have zeros: exact
 
         nats = np.full(self.tokens.size - 1, np.nan, dtype=np.float32)
-        for at, found in zip(places, self.in_sections(name, [at.size for at in places], section), strict=True):
+        for at, found in zip(places, self.sections(name, [at.size for at in places], section), strict=True):
             nats[at] = found
         return nats
 
-    def run_batch(self, batch: Batch, forward: Callable[..., Tensor]) -> Tensor:
+    def run_batch(self, batch: Batch, nats_of: Callable[..., Tensor]) -> Tensor:
         """Nats of the scored places, (n,) float32 on the host."""
         ids, targets = batch.gather(self.tokens)
         with torch.inference_mode(), self.rt.autocast():
-            nats = forward(self.model, ids.to(self.rt.device), targets.to(self.rt.device), batch.last)
+            nats = nats_of(ids.to(self.rt.device), targets.to(self.rt.device), batch.last, batch.step)
         return nats.cpu()[torch.from_numpy(batch.scored)]
 
     def distributions(self, targets: Sequence[int] | np.ndarray) -> Tensor:
         """Log-probabilities that these targets were scored with, (n, V) float32 on the host, by windows and passes like those
-        of `nats`.
+        of `own`.
         """
         wanted = np.asarray(targets)
         chosen = np.searchsorted(self.windows[:, 1], wanted, side="right") - 1
@@ -303,7 +261,8 @@ class Evaluation:
         for batch in self.batches(self.windows[np.unique(chosen)]):
             ids, _ = batch.gather(self.tokens)
             with torch.inference_mode(), self.rt.autocast():
-                logits = self.model.logits(features(self.model, ids.to(self.rt.device), batch.last)).float().cpu()
+                logits = self.forward.logits(ids.to(self.rt.device), batch.last, batch.step).cpu()
+            logits = logits.view(*batch.targets.shape, -1)
             row, place = np.nonzero(batch.scored & np.isin(batch.targets, wanted))
             of = {int(batch.targets[r, p]): logits[r, p].log_softmax(-1) for r, p in zip(row, place, strict=True)}
             for i in (i for i, target in enumerate(wanted) if int(target) in of):
@@ -319,34 +278,35 @@ class Evaluation:
         knobs = {name: value for name, value in asdict(self.cfg).items() if name in train_gpt.MODES}
         device = self.rt.device.type, str(self.rt.dtype), self.rt.compiled, torch.__version__, torch.get_num_threads()
         digest.update(json.dumps([knobs, self.length, device, str(self.model.cos.dtype)]).encode())
-        for module in ("train_gpt", "export", *sorted(set(self.cfg.modes.values()))):
-            digest.update(Path(sys.modules[module].__file__ or "").read_bytes())
+        for path in train_gpt.source_files(self.cfg):
+            digest.update(path.read_bytes())
         digest.update(np.ascontiguousarray(self.tokens).data)
         return digest.hexdigest()
 
-    def in_sections(self, name: str, sizes: Sequence[int], score: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+    def sections(self, name: str, sizes: Sequence[int], score: Callable[[int], np.ndarray]) -> list[np.ndarray]:
         """What `score(number)` gives for each section, (sizes[number],) float32 equal on all ranks. Finished ones are kept on
-        disk, so that a repeated call goes on behind them; the last one removes them. Those that do not fit are left out of
-        account and written over, because they can be had again for time alone.
+        disk until all are, so that a repeated call goes on behind them. Those that do not fit count for nothing and are written
+        over: they can be had again for time alone.
         """
-        done = self.kept_sections(name, sizes)
-        yield from done
+        found = self.kept_sections(name, sizes)
         t0 = told = time.perf_counter()
-        with progress(sum(sizes), name, self.rt.master, sum(map(len, done))) as bar:
-            for number in range(len(done), len(sizes)):
-                found = score(number)
+        before, total = sum(map(len, found)), sum(sizes)
+        with progress(total, name, self.rt.master, before) as bar:
+            for number in range(len(found), len(sizes)):
+                found.append(score(number))
                 if self.rt.master and self.kept is not None:
-                    write_section(self.section(name, number), found, self.fingerprint)
+                    write_section(self.section(name, number), found[-1], self.fingerprint)
                 bar.update(sizes[number])
                 now, left = time.perf_counter(), sum(sizes[number + 1:])
                 if bar.disable and left and now - told > LINE_EVERY_S:
-                    told = now
-                    rate_s = (now - t0) / sum(sizes[len(done):number + 1])
-                    self.log(f"{name}: {1 - left / sum(sizes):.0%} of {sum(sizes)} targets, {left * rate_s:.0f} s to go")
-                yield found
+                    told, pace_s = now, (now - t0) / (total - left - before)
+                    self.log(f"{name}: {1 - left / total:.0%} of {total} targets, {left * pace_s:.0f} s to go")
         if self.rt.master and self.kept is not None:
             for number in range(len(sizes)):
                 self.section(name, number).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):      # not empty: the user's own folder, or another mode's sections
+                self.kept.rmdir()
+        return found
 
     def section(self, name: str, number: int) -> Path:
         assert self.kept is not None
@@ -354,25 +314,26 @@ class Evaluation:
 
     def kept_sections(self, name: str, sizes: Sequence[int]) -> list[np.ndarray]:
         """The first sections, as far as a call before this one had finished them; rank 0 reads for all."""
-        found: list[np.ndarray] = []
-        if self.kept is not None and self.rt.master:
-            self.kept.mkdir(parents=True, exist_ok=True)
-            for number, size in enumerate(sizes):
-                path = self.section(name, number)
-                nats = read_section(path, size, self.fingerprint) if path.exists() else None
-                if nats is None:
-                    if path.exists():
-                        self.log(f"{path} is damaged or of another evaluation (artifact, text, knobs or code): scored anew")
-                    break
-                found.append(nats)
         if self.kept is None:
-            return found
+            return []
+        found: list[np.ndarray] = []
+        for number, size in enumerate(sizes if self.rt.master else ()):
+            path = self.section(name, number)
+            if not path.exists():
+                break
+            nats = read_section(path, size, self.fingerprint)
+            if nats is None:
+                self.log(f"{path} is damaged or of another evaluation (weights, text, knobs or code differ): scored anew")
+                break
+            found.append(nats)
         whole = np.frombuffer(self.rt.broadcast(b"".join(nats.tobytes() for nats in found)), dtype=np.float32)
-        ends = np.cumsum([0, *sizes])
-        count = int(np.searchsorted(ends, whole.size))
+        ends = np.cumsum(sizes)
+        count = int(np.searchsorted(ends, whole.size, side="right"))
         if count:
             self.log(f"{name}: {count} of {len(sizes)} sections were scored before, in {self.kept}")
-        return [whole[a:b] for a, b in zip(ends[:count], ends[1:], strict=False)]
+        if self.rt.master:
+            self.kept.mkdir(parents=True, exist_ok=True)
+        return np.split(whole, ends[:count])[:count]
 
 
 def write_section(path: Path, nats: np.ndarray, fingerprint: str) -> None:
@@ -399,9 +360,7 @@ def read_section(path: Path, size: int, fingerprint: str) -> np.ndarray | None:
 def score(ev: Evaluation) -> Iterator[Score]:
     """The model alone, by the windows of the knobs."""
     if ev.cfg.eval_stride or ev.cfg.eval_doc_isolated:
-        name = "_".join(["sliding_window"] * (ev.cfg.eval_stride > 0) + ["doc_isolated"] * ev.cfg.eval_doc_isolated)
-        seconds = ev.seconds
-        yield Score(name, ev.nats, seconds, {"stride": ev.cfg.eval_stride or ev.length, "seq_len": ev.length})
+        yield ev.own
 
 
 def score_all(ev: Evaluation, scheme: str) -> dict[str, Any]:
