@@ -48,13 +48,13 @@ LINE_EVERY_S = 60.0                 # between lines of progress where there is n
 def problems(cfg: Config) -> list[str]:
     """What is wrong with the knobs of the windows."""
     length = cfg.eval_seq_len or cfg.train_seq_len
-    windows = cfg.eval_stride > 0 or cfg.eval_doc_isolated
+    windows = cfg.eval_stride != 0 or cfg.eval_doc_isolated
     asked = [name.upper() for name in ("eval_seq_len", "sw_eval_batch") if getattr(cfg, name)]
     return [text for wrong, text in (
         (cfg.eval_stride > length,
          f"EVAL_STRIDE must be at most EVAL_SEQ_LEN={length}, or targets would be left out, got {cfg.eval_stride}"),
         (cfg.eval_seq_len > LONGEST, f"EVAL_SEQ_LEN must be at most {LONGEST}, got {cfg.eval_seq_len}"),
-        (not windows and set(cfg.modes.values()) == {"scoring"},
+        (asked and not windows and set(cfg.modes.values()) == {"scoring"},
          f"{' and '.join(asked)} asks for no score: set EVAL_STRIDE, EVAL_STRIDE={length} for windows side by side"),
         (not cfg.final_roundtrip_eval and not cfg.eval_artifact,
          f"{', '.join(cfg.modes)}: only an artifact that is evaluated is scored so; FINAL_ROUNDTRIP_EVAL must be 1"),
