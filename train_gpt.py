@@ -171,15 +171,16 @@ class Config(ExportOptions, ModelShape):
     roundtrip_val_max_tokens: int = knob(0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True)
     eval_artifact: str = knob("", "Evaluation", "a file to evaluate instead of training, knobs as in its run", free=True)
     eval_stride: int = knob(
-        0, "Evaluation", "score the artifact also by windows that advance by so many targets, each with at least EVAL_SEQ_LEN"
-        " - EVAL_STRIDE tokens of context where they exist; 0 = not", free=True)
+        0, "Evaluation", "score the artifact also by windows that advance by so many targets, each with at least"
+        " EVAL_SEQ_LEN - EVAL_STRIDE tokens of context where they exist; 0 = not", free=True)
     eval_seq_len: int = knob(
         0, "Evaluation", "tokens of those windows, more than TRAIN_SEQ_LEN too; 0 = TRAIN_SEQ_LEN", free=True)
     eval_doc_isolated: bool = knob(
         False, "Evaluation", "1 = there the context starts anew at each BOS; without EVAL_STRIDE windows lie side by side",
         free=True)
     sw_eval_batch: int = knob(
-        0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere", free=True)
+        0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
+        free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(

@@ -1,14 +1,15 @@
-"""What overlapping windows cost: the naive evaluator, which runs each window whole through the model with all its logits, and
-ours, in turns on the same text.
+"""What overlapping windows cost: the naive evaluator, which runs each window whole through the model with all its logits,
+and ours, in turns on the same text.
 
     python scripts/bench_eval.py FILE --data DIR --tokenizer MODEL --tokens 8192            # an artifact or a checkpoint
     python scripts/bench_eval.py FILE --data DIR --tokenizer MODEL EVAL_SEQ_LEN=1024 EVAL_STRIDE=64 --naive-batch 32
 
-Prints one JSON object: seconds of both over the rounds (of the process on a CPU, which other programs may share; of the clock
-elsewhere), their ratios, and the largest difference of a target's nats. --naive-batch 0 takes as many windows a pass as ours.
+Prints one JSON object: seconds of both over the rounds (of the process on a CPU, which other programs may share; of the
+clock elsewhere), their ratios, and the largest difference of a target's nats. --naive-batch 0 takes ours.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -31,8 +32,9 @@ from train_gpt import MODES, byte_table  # noqa: E402
 def naive(ev: scoring.Evaluation, rows: int) -> np.ndarray:
     """Nats of every target, (N - 1,): window by window in batches, logits of all places, the scored ones kept."""
     forward = ev.rt.compile(ev.model)
-    last, stride, found = ev.tokens.size - 1, ev.cfg.eval_stride or ev.length, np.full(ev.tokens.size - 1, np.nan, np.float32)
-    ends = list(range(min(ev.length, last), last, stride)) + [last]       # the last target of each window
+    last, stride = ev.tokens.size - 1, ev.cfg.eval_stride or ev.length
+    found = np.full(last, np.nan, np.float32)
+    ends = [*range(min(ev.length, last), last, stride), last]       # the last target of each window
     for at in range(0, len(ends), rows):
         begins = np.maximum(0, np.array(ends[at:at + rows]) - ev.length)
         places = begins[:, None] + np.arange(min(ev.length, last))
@@ -54,6 +56,17 @@ def timed(ev: scoring.Evaluation, action: Callable[[], np.ndarray]) -> tuple[flo
     return clock() - t0, found
 
 
+def evaluation(args: argparse.Namespace) -> scoring.Evaluation:
+    """What the command line names. Raises ValueError, OSError."""
+    state, meta = export_verbs.read_with_meta(args.file, [])
+    cfg = export_verbs.mode_knobs({"EVAL_STRIDE": "64"} | export_verbs.named_values(args.knobs), meta)
+    if cfg is None or cfg.eval_doc_isolated:
+        raise ValueError("windows of EVAL_STRIDE over the whole text are compared; EVAL_DOC_ISOLATED must be 0")
+    rt, model, tok = export_verbs.open_model(state, meta, args.tokenizer, args.device, cfg.eval_seq_len)
+    val = export_verbs.paired_validation(args.data, tok, meta)[:args.tokens + 1]
+    return scoring.Evaluation(model, rt, val, byte_table(tok, rt.device), tok.bos_id, cfg, print)
+
+
 def main(arguments: list[str]) -> int:
     parser = export_verbs.OneLineParser(prog="bench_eval.py", description="What overlapping windows cost.")
     parser.add_argument("file")
@@ -66,14 +79,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--naive-batch", type=int, default=32, help="windows of a naive pass; 32 is the challenge's")
     args = parser.parse_intermixed_args(arguments)
     try:
-        state, meta = export_verbs.read_with_meta(args.file, [])
-        cfg = export_verbs.mode_knobs({"EVAL_STRIDE": "64"} | export_verbs.named_values(args.knobs), meta)
-        assert cfg is not None and not cfg.eval_doc_isolated
-        rt, model, tok = export_verbs.open_model(state, meta, args.tokenizer, args.device, cfg.eval_seq_len)
-        val = export_verbs.paired_validation(args.data, tok, meta)[:args.tokens + 1]
+        ev = evaluation(args)
     except (ValueError, OSError) as fault:
-        parser.error(" ".join(str(fault).split()))
-    ev = scoring.Evaluation(model, rt, val, byte_table(tok, rt.device), tok.bos_id, cfg, print)
+        return parser.error(" ".join(str(fault).split()))
+    model, rt = ev.model, ev.rt
     rows = args.naive_batch or ev.batches(ev.windows)[-1].windows.shape[0]
 
     def ours() -> np.ndarray:
@@ -87,8 +96,9 @@ def main(arguments: list[str]) -> int:
     difference = max(float(np.abs(a[1] - b[1]).max()) for a, b in pairs)
     ratios = sorted(b[0] / a[0] for a, b in pairs[1:])
     print(json.dumps({
-        "device": rt.describe(), "shape": f"{len(model.layer_blocks)}x{model.skip_weights.size(1)}", "targets": val.size - 1,
-        "seq_len": ev.length, "stride": cfg.eval_stride, "naive_rows": rows, "naive_s": spread([a[0] for a, _ in pairs[1:]], 1),
+        "device": rt.describe(), "shape": f"{len(model.layer_blocks)}x{model.skip_weights.size(1)}",
+        "targets": ev.tokens.size - 1, "seq_len": ev.length, "stride": ev.cfg.eval_stride, "naive_rows": rows,
+        "naive_s": spread([a[0] for a, _ in pairs[1:]], 1),
         "ours_s": spread([b[0] for _, b in pairs[1:]], 1), "ratio": round(statistics.median(ratios), 4),
         "ratio_of_rounds": [round(r, 4) for r in ratios], "max_difference_nats": difference,
         "mean_nats": float(pairs[0][1][1].mean(dtype=np.float64)), "when": time.strftime("%Y-%m-%d")}, indent=1))

@@ -224,14 +224,15 @@ def mode_knobs(values: Mapping[str, str], meta: Mapping[str, Any]) -> Config | N
     return cfg if modules else None
 
 
-def score_modes(state: Mapping[str, Tensor], meta: Mapping[str, Any], cfg: Config, scheme: str, *, data: str, tokenizer: str,
-                device: str, max_tokens: int, kept: Path | None) -> dict[str, Any]:
+def score_modes(state: Mapping[str, Tensor], meta: Mapping[str, Any], cfg: Config, scheme: str, *, data: str,
+                tokenizer: str, device: str, max_tokens: int, kept: Path | None) -> dict[str, Any]:
     """Prints the lines of every mode that `cfg` asks for and returns their entries, as a run's summary.json has them."""
     rt, model, tok = open_model(state, meta, tokenizer, device, cfg.eval_seq_len)
     val = paired_validation(data, tok, meta)
     scoring = tool("scoring")
-    return scoring.score_all(scoring.Evaluation(
-        model, rt, val[:max_tokens + 1] if max_tokens else val, byte_table(tok, rt.device), tok.bos_id, cfg, print, kept), scheme)
+    tokens = val[:max_tokens + 1] if max_tokens else val
+    ev = scoring.Evaluation(model, rt, tokens, byte_table(tok, rt.device), tok.bos_id, cfg, print, kept)
+    return scoring.score_all(ev, scheme)
 
 
 def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: str, device: str, max_seq_len: int = 0

@@ -12,8 +12,8 @@ A mode is a row or more of train_gpt.MODES and a module with
     problems(cfg) -> list[str]                      what is wrong with its knobs, one line each (of this module alone: all)
     score(ev: Evaluation) -> Iterator[Score]        its scores, each logged and put into summary.json as it comes
 
-It starts from `ev.own`, the model's own score by the windows that the knobs ask for (side by side without EVAL_STRIDE), which
-is computed once for all modes, or makes passes of its own. With all knobs at their defaults nothing of this is imported.
+It starts from `ev.own`, the model's own score by the windows that the knobs ask for (side by side without EVAL_STRIDE),
+which is computed once for all modes, or makes passes of its own. With all knobs at their defaults this is not imported.
 """
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def problems(cfg: Config) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Windows: which tokens a target is predicted from. Rows of three numbers: `begin`, the first input; `first`, the first target
-# that is scored; `stop`, one past the last. Inputs are begin .. stop - 2, their targets begin + 1 .. stop - 1.
+# Windows: which tokens a target is predicted from. Rows of three numbers: `begin`, the first input; `first`, the first
+# target that is scored; `stop`, one past the last. Inputs are begin .. stop - 2, their targets begin + 1 .. stop - 1.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def layout(tokens: int, length: int, stride: int, starts: np.ndarray | Sequence[int] = ()) -> np.ndarray:
     """Windows, (W, 3) int64 in the order of the text, that score each target 1 .. tokens - 1 exactly once.
 
-    No window has more than `length` inputs, and each scored target has at least length - stride + 1 of them before it, where
-    its stretch of text has them. `starts` (document isolation) are the positions of the BOS tokens: a stretch begins with one
-    and ends with the next as a target, so the end of a document is predicted from that document, as in the challenge, and
-    every token but the first of the text is scored, with or without isolation.
+    No window has more than `length` inputs, and each scored target has at least length - stride + 1 of them before it,
+    where its stretch of text has them. `starts` (document isolation) are the positions of the BOS tokens: a stretch begins
+    with one and ends with the next as a target, so the end of a document is predicted from that document, as in the
+    challenge, and every token but the first of the text is scored, with or without isolation.
     """
     begins = np.unique(np.concatenate(([0], np.asarray(starts, dtype=np.int64))))
     targets = np.append(begins[1:], tokens - 1) - begins                        # of each stretch
@@ -88,15 +88,9 @@ def layout(tokens: int, length: int, stride: int, starts: np.ndarray | Sequence[
     return np.stack((np.maximum(begin, stop - 1 - length), first, stop), axis=1)
 
 
-def receptive_field(model: GPT) -> int:
-    """Inputs that can reach a target's score, the last included; 0 = all."""
-    window = model.blocks[0].attn.window
-    return 1 + len(model.layer_blocks) * (window - 1) if window else 0
-
-
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one forward pass, (rows, 3), padded on the right to `length` inputs; targets have the `last` of them, 0 = all."""
+    """Windows of one forward pass, (rows, 3), padded on the right to `length` inputs; the `last` have targets, 0 = all."""
     windows: np.ndarray
     length: int
     last: int
@@ -168,7 +162,7 @@ class Score:
 
 @dataclass
 class Evaluation:
-    """One model on one text, split over the ranks: what every mode starts from. Equal on all ranks, like all that it gives."""
+    """One model on one text, split over the ranks: what every mode starts from. All that it gives is equal on all ranks."""
     model: GPT                      # with rotary tables as long as the windows
     rt: Runtime
     tokens: np.ndarray              # (N,), the text; targets are 1 .. N - 1
@@ -188,9 +182,8 @@ class Evaluation:
         """Those of the knobs. Where a target's score reaches back less far than the windows overlap, they overlap by no more
         than that: nothing changes but the time. (Tables of low precision tell positions apart that relatively are one.)
         """
-        reach, exact = receptive_field(self.model), self.model.cos.dtype is self.rt.dtype is torch.float32
-        stride = self.cfg.eval_stride or self.length
-        if reach and exact:
+        stride, reach = self.cfg.eval_stride or self.length, self.forward.reach
+        if reach and self.model.cos.dtype is self.rt.dtype is torch.float32:
             stride = max(stride, self.length - reach + 1)
         starts = np.flatnonzero(self.tokens == self.bos_id) if self.cfg.eval_doc_isolated else ()
         return layout(self.tokens.size, self.length, stride, starts)
@@ -198,7 +191,8 @@ class Evaluation:
     @cached_property
     def forward(self) -> WindowPass:
         """The model's passes, for weights that stay as they are: another one for those that do not."""
-        return WindowPass(self.model) if self.rt.compiled or self.rt.dtype is not torch.float32 else FloatPass(self.model)
+        folds = self.rt.dtype is torch.float32 and not self.rt.compiled
+        return FloatPass(self.model) if folds else WindowPass(self.model)
 
     def batches(self, windows: np.ndarray) -> list[Batch]:
         """Compiled graphs are few: lengths in quarters of a window, all batches whole."""
@@ -224,7 +218,8 @@ class Evaluation:
         assert score.nats.shape == (self.tokens.size - 1,), "every target is scored exactly once"
         nats = float(score.nats.sum(dtype=np.float64))
         byte_count = int(self.bytes.sum())
-        return EvalResult(nats / score.nats.size, nats / math.log(2) / byte_count, score.nats.size, byte_count, score.seconds)
+        count = score.nats.size
+        return EvalResult(nats / count, nats / math.log(2) / byte_count, count, byte_count, score.seconds)
 
     def score_windows(self, name: str, windows: np.ndarray) -> np.ndarray:
         """Nats of the targets that these windows score, at their places of an (N - 1,) float32 array; others are NaN."""
@@ -252,8 +247,8 @@ class Evaluation:
         return nats.cpu()[torch.from_numpy(batch.scored)]
 
     def distributions(self, targets: Sequence[int] | np.ndarray) -> Tensor:
-        """Log-probabilities that these targets were scored with, (n, V) float32 on the host, by windows and passes like those
-        of `own`.
+        """Log-probabilities that these targets were scored with, (n, V) float32 on the host: windows and passes are like
+        those of `own`.
         """
         wanted = np.asarray(targets)
         chosen = np.searchsorted(self.windows[:, 1], wanted, side="right") - 1
@@ -284,9 +279,9 @@ class Evaluation:
         return digest.hexdigest()
 
     def sections(self, name: str, sizes: Sequence[int], score: Callable[[int], np.ndarray]) -> list[np.ndarray]:
-        """What `score(number)` gives for each section, (sizes[number],) float32 equal on all ranks. Finished ones are kept on
-        disk until all are, so that a repeated call goes on behind them. Those that do not fit count for nothing and are written
-        over: they can be had again for time alone.
+        """What `score(number)` gives for each section, (sizes[number],) float32 equal on all ranks. Finished ones are kept
+        on disk until all are, so that a repeated call goes on behind them. Those that do not fit count for nothing and are
+        written over: they can be had again for time alone.
         """
         found = self.kept_sections(name, sizes)
         t0 = told = time.perf_counter()
@@ -338,7 +333,8 @@ class Evaluation:
 
 def write_section(path: Path, nats: np.ndarray, fingerprint: str) -> None:
     t = torch.from_numpy(np.ascontiguousarray(nats))
-    write_atomically(path, save_safetensors({"nats": t}, {"fingerprint": fingerprint, "digest": weights_digest({"nats": t})}))
+    said = {"fingerprint": fingerprint, "digest": weights_digest({"nats": t})}
+    write_atomically(path, save_safetensors({"nats": t}, said))
 
 
 def read_section(path: Path, size: int, fingerprint: str) -> np.ndarray | None:

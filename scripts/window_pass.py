@@ -1,9 +1,9 @@
 """The model on windows of which only the last places are scored: the forward passes of scripts/scoring.py.
 
-Both give the scores of `GPT.forward` for the places asked for. `WindowPass` reads the weights as they are at each call, in any
-precision, and can be compiled. `FloatPass` is for float32 without a compiler, where memory traffic is half of the time: it
-folds scales into weights once (weights must not change afterwards), works in place, and shares the first layer's attention
-among windows that overlap.
+Both give the scores of `GPT.forward` for the places asked for. `WindowPass` reads the weights as they are at each call, in
+any precision, and can be compiled. `FloatPass` is for float32 without a compiler, where memory traffic is half of the time:
+it folds scales into weights once (weights must not change afterwards), works in place, and shares the first layer's
+attention among windows that overlap.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_SCORE = 40.0        # e^40 and its sums are far from float32's limits: n
 
 
 def last_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attention of the last tokens, q (B, H, n, C) with k and v (B, K, T, C), to their `window` tokens, 0 = the whole prefix."""
+    """Attention of the last tokens, q (B, H, n, C), to their `window` tokens, 0 = the whole prefix; k and v (B, K, T, C)."""
     j = torch.arange(k.size(2), device=q.device)
     i = j[-q.size(2):, None]
     mask, few = (j <= i) & (j > i - (window or j.numel())), k.size(1) < q.size(1)
@@ -46,10 +46,17 @@ class WindowPass:
 
     def __init__(self, model: GPT):
         self.model = model
+        self.blocks = [block for block in model.blocks if isinstance(block, Block)]
+
+    @property
+    def reach(self) -> int:
+        """Inputs that can have a part in a score, the last one included; 0 = all."""
+        window = self.blocks[0].attn.window
+        return 1 + len(self.model.layer_blocks) * (window - 1) if window else 0
 
     def features(self, ids: Tensor, last: int, step: int) -> Tensor:
-        """`GPT.features` of ids (B, T) at the `last` places of each row, 0 = all: (B * last, D). `step` > 0 says that each row
-        begins so many tokens after the one above it in one text.
+        """`GPT.features` of ids (B, T) at the `last` places of each row, 0 = all: (B * last, D). `step` > 0 says that each
+        row begins so many tokens after the one above it in one text.
         """
         model = self.model
         if not last:
@@ -62,9 +69,9 @@ class WindowPass:
             if layer >= model.encoder_layers and skips:
                 x = x + model.skip_weights[layer - model.encoder_layers].to(x.dtype) * skips.pop()
             if layer == len(model.layer_blocks) - 1:
-                x = last_places(model.blocks[number], x, x0, cos, sin, last)
+                x = last_places(self.blocks[number], x, x0, cos, sin, last)
             else:
-                x = model.blocks[number](x, x0, cos, sin)
+                x = self.blocks[number](x, x0, cos, sin)
             if layer < model.encoder_layers:
                 skips.append(x)
         return rms_norm(x).flatten(0, 1)
@@ -94,13 +101,15 @@ class Folded:
         self.qkv = torch.cat((self.q, self.kv), dim=1)
         self.gain = torch.cat((attn.q_gain, torch.ones_like(attn.c_k.weight[:attn.kv_heads, 0])))[:, None]
         self.attn_out = (block.attn_scale[:, None] * attn.proj.weight).T.contiguous()
-        self.mlp_in, self.mlp_out = mlp.fc.weight.T.contiguous(), (block.mlp_scale[:, None] * mlp.proj.weight).T.contiguous()
+        self.mlp_in = mlp.fc.weight.T.contiguous()
+        self.mlp_out = (block.mlp_scale[:, None] * mlp.proj.weight).T.contiguous()
         self.mix = block.resid_mix
 
 
 def scale_of(x: Tensor) -> Tensor:
     """The factor by which `rms_norm` multiplies x (..., D), (..., 1)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.size(-1)).add_(torch.finfo(x.dtype).eps).rsqrt_()
 
 
 def normalise(heads: Tensor, gain: Tensor) -> Tensor:
@@ -120,9 +129,9 @@ class FloatPass(WindowPass):
     def __init__(self, model: GPT):
         super().__init__(model)
         with torch.inference_mode():
-            attn = model.blocks[0].attn
+            attn = self.blocks[0].attn
             self.heads, self.kv_heads, self.window = attn.heads, attn.kv_heads, attn.window
-            self.folded = [Folded(block) for block in model.blocks]
+            self.folded = [Folded(block) for block in self.blocks]
             self.circle = torch.complex(model.cos.float(), -model.sin.float())[:, None]
             # What the first layer does before its attention depends on the token alone: a row for each of the vocabulary.
             x = model.tok_emb.weight
@@ -170,7 +179,7 @@ class FloatPass(WindowPass):
         return heads[..., :self.heads, :], heads[..., self.heads:, :]
 
     def project(self, own: Folded, h: Tensor, last: int) -> tuple[Tensor, Tensor]:
-        """Normalised queries (B, T or last, H, C), and keys with values (B, T, 2 K, C), of the normalised stream (B, T, D)."""
+        """Normalised queries (B, T or last, H, C), and keys with values (B, T, 2 K, C), of a normalised stream (B, T, D)."""
         if not last:
             heads = (h @ own.qkv).unflatten(-1, (self.heads + 2 * self.kv_heads, -1))
             normalise(heads[:, :, :len(own.gain)], own.gain)
@@ -195,16 +204,16 @@ class FloatPass(WindowPass):
     def shared(self, ids: Tensor, step: int) -> Tensor:
         """The first layer's attention of windows (B, T) that begin `step` tokens apart, (B * T, D).
 
-        There queries, keys and values are the same in all windows. A window whose chunk of `step` tokens stands at its place o
-        attends to that chunk and the o before it, so that the sums of e^score and e^score * value over one chunk more each time
-        serve each window in turn, and every pair of chunks is computed once. Rotations are relative: keys are turned by their
-        place in the chunk, queries by that and the chunks between.
+        There queries, keys and values are the same in all windows. A chunk of `step` tokens that is number o of its window
+        attends to itself and the o before it, so that the sums of e^score and e^score * value over one chunk more each time
+        serve one window after the other, and every pair of chunks is computed once. Rotations are relative: keys are turned
+        by their place in the chunk, queries by that and the chunks between.
         """
         rows, chunks, groups = ids.size(0), ids.size(1) // step, self.heads // self.kv_heads
         text = torch.cat((ids[:-1, :step].flatten(), ids[-1]))
         q, kv = self.split(self.first_heads[text].unflatten(0, (-1, step)))                 # (J, step, heads, C), J chunks
-        q = (q * q.size(-1) ** -0.5).transpose(1, 2).unflatten(1, (self.kv_heads, groups)).contiguous()  # (J, K, groups, step, C)
-        k, v = kv.chunk(2, dim=2)
+        q = (q * q.size(-1) ** -0.5).transpose(1, 2).unflatten(1, (self.kv_heads, groups)).contiguous()
+        k, v = kv.chunk(2, dim=2)                                                           # q (J, K, groups, step, C)
         k = turn(k, self.circle[:step]).permute(0, 2, 3, 1).contiguous()                    # (J, K, C, step)
         v = F.pad(v.transpose(1, 2), (0, 1), value=1.0)                                     # (J, K, step, C + 1)
         later = torch.full((step, step), -torch.inf, device=ids.device).triu(1)
