@@ -72,6 +72,8 @@ from export import (
 TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_scale_reg_weight",
          "compression_rank1_reg_weight", "ternary_reg_weight", "outlier_reg_weight", "rate_reg_weight",
          "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
+# Knobs that ask for more than the plain score -> the module of scripts/ whose `score` gives it.
+MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring"}
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
@@ -167,6 +169,17 @@ class Config(ExportOptions, ModelShape):
     final_roundtrip_eval: bool = knob(True, "Evaluation", "1 = evaluate the artifact after reading it back", free=True)
     roundtrip_val_max_tokens: int = knob(0, "Evaluation", "cap of that evaluation; 0 = VAL_MAX_TOKENS", free=True)
     eval_artifact: str = knob("", "Evaluation", "a file to evaluate instead of training, knobs as in its run", free=True)
+    eval_stride: int = knob(
+        0, "Evaluation", "score the artifact also by windows that advance by so many targets, each with at least"
+        " EVAL_SEQ_LEN - EVAL_STRIDE tokens of context where they exist; 0 = not", free=True)
+    eval_seq_len: int = knob(
+        0, "Evaluation", "tokens of those windows, more than TRAIN_SEQ_LEN too; 0 = TRAIN_SEQ_LEN", free=True)
+    eval_doc_isolated: bool = knob(
+        False, "Evaluation", "1 = there the context starts anew at each BOS; without EVAL_STRIDE windows lie side by side",
+        free=True)
+    sw_eval_batch: int = knob(
+        0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
+        free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
@@ -291,8 +304,13 @@ class Config(ExportOptions, ModelShape):
     def export_options(self) -> ExportOptions:
         return ExportOptions(**{f.name: getattr(self, f.name) for f in fields(ExportOptions)})
 
+    @property
+    def modes(self) -> dict[str, str]:
+        """What is asked of the evaluation beside the plain score -> the module that does it."""
+        return {name.upper(): module for name, module in MODES.items() if getattr(self, name) != getattr(Config, name)}
+
     def tools(self) -> dict[str, str]:
-        return super().tools() | {asked: name for wanted, asked, name in (
+        return super().tools() | self.modes | {asked: name for wanted, asked, name in (
             (self.calibration_tokens > 0, f"CALIBRATION_TOKENS={self.calibration_tokens}", "calibration"),
             (self.export_tune_steps > 0, f"EXPORT_TUNE_STEPS={self.export_tune_steps}", "tuning"),
             (self.sensitivity_map, f"SENSITIVITY_MAP={self.sensitivity_map}", "sensitivity_map"),
@@ -322,6 +340,9 @@ class Config(ExportOptions, ModelShape):
             (self.numuon_hold_frac >= 0.8, f"NUMUON_HOLD_FRAC must be below 0.8, got {self.numuon_hold_frac}"),
         ) if wrong]
         found += self.objective_problems()
+        if self.modes:
+            with contextlib.suppress(ExportRefused):        # a missing module is export_problems' to report
+                found += tool("scoring").problems(self)
         if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):
@@ -398,7 +419,7 @@ def unknown_knobs(env: Mapping[str, str]) -> list[str]:
     known = {f.name.upper() for f in fields(Config)}
     families = (
         "ARTIFACT_", "CALIBRATION_", "COMPRESSION_", "CONTROL_TENSOR_", "EVAL_", "EXPORT_", "FINISH_", "INT8_",
-        "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "NUMUON_", "OUTLIER_REG_", "RATE_REG_", "TERNARY_", "TRAIN_", "TTT_",
+        "MICRO_BATCH_", "MUON_", "NOISE_QAT_", "NUMUON_", "OUTLIER_REG_", "RATE_REG_", "SW_", "TERNARY_", "TRAIN_", "TTT_",
         "VAL_", "WARMDOWN_", "WARMUP_")
     found = []
     for name in sorted(env.keys() - known):
@@ -1386,6 +1407,7 @@ class Job:
     step: int = 0
     steps_left: float = math.inf      # to come, estimated when the clock ends the run
     last_checkpoint: str = "none was written"
+    modes: dict[str, Any] = field(default_factory=dict)     # scores beside the plain one, by name
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -1673,14 +1695,16 @@ def export_model(job: Job) -> SizeReport | None:
     return report
 
 
-def load_model(artifact_state: Mapping[str, Tensor], meta: Mapping[str, Any], rt: Runtime) -> GPT:
-    """A fresh model with an artifact's weights. Raises ArtifactError when they do not fit together."""
+def load_model(artifact_state: Mapping[str, Tensor], meta: Mapping[str, Any], rt: Runtime, max_seq_len: int = 0) -> GPT:
+    """A fresh model with an artifact's weights, for sequences as long as its training's or `max_seq_len`. Raises
+    ArtifactError when they do not fit together.
+    """
     shape = shape_from_meta(meta)
     wanted, found = tensor_shapes(shape), shapes_of(artifact_state)
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise ArtifactError(f"tensor {name}", 0, found.get(name, "nothing"), wanted.get(name, "nothing"))
-    model = build_model(shape, rt, int(meta["train_seq_len"]))
+    model = build_model(shape, rt, max(int(meta["train_seq_len"]), max_seq_len))
     model.load_state_dict(dict(artifact_state))
     return model
 
@@ -1715,13 +1739,16 @@ def roundtrip(job: Job) -> EvalResult:
     for key in ("train_seq_len", "tokenizer_sha256"):
         if artifact.meta.get(key) != job.meta[key]:
             raise ArtifactError(f"meta.{key}", None, artifact.meta.get(key), f"{job.meta[key]}, that of the knobs")
-    model = job.rt.compile(load_model(artifact.state, artifact.meta, job.rt))
-    result = job.evaluate(model, job.cfg.roundtrip_val_max_tokens or job.cfg.val_max_tokens)
+    model = load_model(artifact.state, artifact.meta, job.rt, job.cfg.eval_seq_len)
+    max_tokens = job.cfg.roundtrip_val_max_tokens or job.cfg.val_max_tokens
+    result = job.evaluate(job.rt.compile(model), max_tokens)
     job.seconds["roundtrip"] = result.seconds
     job.folder.log(
         f"final_{scheme}_roundtrip val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
         f"eval_time:{1000 * result.seconds:.0f}ms")
     job.folder.log(f"final_{scheme}_roundtrip_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+    if job.cfg.modes:
+        job.modes = tool("scoring").score_job(job, model, max_tokens)
     return result
 
 
@@ -1734,6 +1761,7 @@ def summarise(job: Job, before: EvalResult, report: SizeReport, after: EvalResul
         "run_id": job.folder.path.name, "step": job.step, "iterations": job.cfg.iterations, "seed": job.cfg.seed,
         "train_tokens_seen": job.step * job.cfg.train_batch_tokens, "params": sum(p.numel() for p in job.model.parameters()),
         "pre_roundtrip": asdict(before), "roundtrip": asdict(after) if after else None,
+        "eval_modes": job.modes,
         "export_scheme": job.cfg.export_scheme, "artifact": ARTIFACTS[job.cfg.export_scheme][0],
         "artifact_bytes": report.total_bytes, "code_bytes": code, "total_bytes": total,
         "cap_bytes": cap, "under_cap": not over, "bits_per_weight": report.bits_per_weight,

@@ -44,10 +44,12 @@ from export import (
     pack_meta,
     parse_meta,
     plan_lines,
+    range_problems,
     require,
     restore,
     shapes_of,
     sum_squares,
+    tool,
     weights_digest,
     write_atomically,
 )
@@ -65,6 +67,7 @@ from train_gpt import (
     check_pairing,
     evaluate,
     load_model,
+    parse_knob,
     read_split,
     read_validation,
 )
@@ -196,16 +199,43 @@ def evaluate_artifact(
 ) -> EvalResult:
     """Scores an artifact on the validation shards of the folder `data`. Raises DataError, ArtifactError, ConfigError."""
     rt, model, tok = open_model(state, meta, tokenizer, device)
-    seq_len = int(meta["train_seq_len"])
-    val = read_validation(data, seq_len, tok.vocab_size)
-    check_pairing(data, tok, val)
+    seq_len, val = int(meta["train_seq_len"]), paired_validation(data, tok, meta)
     return evaluate(
         lambda x, y: model(x, y, reduction="none"), val, byte_table(tok, rt.device), rt,
         seq_len=seq_len, batch_tokens=max(batch_tokens, seq_len), max_tokens=max_tokens,
     )
 
 
-def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: str, device: str
+def paired_validation(data: str, tok: Tokenizer, meta: Mapping[str, Any]) -> np.ndarray:
+    """The validation tokens of the folder `data`, shown to be this tokenizer's."""
+    val = read_validation(data, int(meta["train_seq_len"]), tok.vocab_size)
+    check_pairing(data, tok, val)
+    return val
+
+
+def mode_knobs(values: Mapping[str, str], meta: Mapping[str, Any]) -> Config | None:
+    """The knobs of an evaluation beside the plain one, None where they ask for none. Raises ValueError."""
+    given = {f.name: parse_knob(f, values[f.name.upper()]) for f in fields(Config) if f.name.upper() in values}
+    cfg = replace(Config(), train_seq_len=int(meta["train_seq_len"]), **given)
+    asked = [f for f in fields(Config) if f.name in given]
+    modules = [tool(name) for name in dict.fromkeys(cfg.modes.values())]
+    if faults := range_problems(cfg, asked) + [text for module in modules for text in module.problems(cfg)]:
+        raise ValueError("; ".join(faults))
+    return cfg if modules else None
+
+
+def score_modes(state: Mapping[str, Tensor], meta: Mapping[str, Any], cfg: Config, scheme: str, *, data: str,
+                tokenizer: str, device: str, max_tokens: int, kept: Path | None) -> dict[str, Any]:
+    """Prints the lines of every mode that `cfg` asks for and returns their entries, as a run's summary.json has them."""
+    rt, model, tok = open_model(state, meta, tokenizer, device, cfg.eval_seq_len)
+    val = paired_validation(data, tok, meta)
+    scoring = tool("scoring")
+    tokens = val[:max_tokens + 1] if max_tokens else val
+    ev = scoring.Evaluation(model, rt, tokens, byte_table(tok, rt.device), tok.bos_id, cfg, print, kept)
+    return scoring.score_all(ev, scheme)
+
+
+def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: str, device: str, max_seq_len: int = 0
                ) -> tuple[Runtime, GPT, Tokenizer]:
     """A model outside a run, with its weights, and the tokenizer that it was trained with."""
     cfg, problems = Config.parse({"DEVICE": device, "ENABLE_TORCH_COMPILE": "0"})
@@ -217,7 +247,7 @@ def open_model(state: Mapping[str, Tensor], meta: Mapping[str, Any], tokenizer: 
     if made_with is not None and made_with != tok.sha256:
         raise DataError(f"tokenizer {tokenizer} (sha256 {tok.sha256[:16]}) is not the artifact's ({str(made_with)[:16]})")
     rt.start("auto")
-    model = load_model(state, meta, rt)
+    model = load_model(state, meta, rt, max_seq_len)
     if tok.vocab_size != model.tok_emb.num_embeddings:
         raise DataError(f"tokenizer {tokenizer} has {tok.vocab_size} tokens, the artifact {model.tok_emb.num_embeddings}")
     return rt, model, tok
@@ -265,9 +295,15 @@ def publish(rows: Sequence[Mapping[str, Any]], lines: Iterable[str], output: Pat
     return 0
 
 
-def as_flags(arguments: Iterable[str]) -> list[str]:
-    """EXPORT_BITS=3 as --export-bits=3, for each of the exporter's knobs and CALIBRATION_TOKENS; not behind --knob."""
-    names, found = {f.name.upper() for f in fields(ExportOptions)} | {"CALIBRATION_TOKENS"}, list[str]()
+NAMED = {       # knobs that a verb takes as NAME=VALUE too
+    "write": {f.name.upper() for f in fields(ExportOptions)} | {"CALIBRATION_TOKENS"},
+    "eval": {name.upper() for name in train_gpt.MODES},
+}
+
+
+def as_flags(arguments: Sequence[str]) -> list[str]:
+    """EXPORT_BITS=3 as --export-bits=3, for each of the verb's own knobs; not behind --knob."""
+    names, found = NAMED.get(arguments[0], ()) if arguments else (), list[str]()
     for argument in arguments:
         name, equals, value = argument.partition("=")
         known = bool(equals) and name in names and found[-1:] != ["--knob"]
@@ -364,11 +400,16 @@ def inspect_verb(args: argparse.Namespace) -> int:
 
 def eval_verb(args: argparse.Namespace) -> int:
     state, meta, plan = read_with_plan(args.file, args.knob)
+    given = {name: getattr(args, name.lower()) for name in NAMED["eval"]}
+    modes = mode_knobs({name: value for name, value in given.items() if value is not None}, meta)
     result = evaluate_artifact(state, meta, data=args.data, tokenizer=args.tokenizer, device=args.device,
                                max_tokens=args.max_tokens, batch_tokens=args.batch_tokens)
     name = f"final_{scheme_of(plan)}_roundtrip"
     print(f"{name} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms")
     print(f"{name}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+    if modes is not None:
+        score_modes(state, meta, modes, scheme_of(plan), data=args.data, tokenizer=args.tokenizer, device=args.device,
+                    max_tokens=args.max_tokens, kept=args.sections)
     return 0
 
 
@@ -460,6 +501,11 @@ def command_line() -> argparse.ArgumentParser:
     verbs["predict"].add_argument("knob", nargs="*", metavar="NAME=VALUE", help="as in the environment, and before it")
     verbs["eval"].add_argument("--max-tokens", type=int, default=0, help="0 = the whole validation split")
     verbs["eval"].add_argument("--batch-tokens", type=int, default=65_536)
+    verbs["eval"].add_argument("--sections", type=output_path, metavar="FOLDER",
+                               help="keeps what EVAL_STRIDE has scored until all is; a repeated call goes on behind it")
+    for f in fields(Config):
+        if f.name in train_gpt.MODES:
+            verbs["eval"].add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"))
     for f in fields(ExportOptions):
         flag = "--" + f.name.replace("_", "-")
         kind, text = type(f.default), f.metadata["help"].replace("%", "%%")
@@ -478,7 +524,7 @@ def command_line() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; every fault of the input becomes one line and exit code 2."""
     arguments = sys.argv[1:] if argv is None else argv
-    args = command_line().parse_args(as_flags(arguments) if arguments[:1] == ["write"] else arguments)
+    args = command_line().parse_args(as_flags(arguments))
     try:
         return VERBS[args.verb][1](args)
     except (ValueError, OSError) as fault:

@@ -88,6 +88,11 @@ class Run:
         """The evaluation that counts: of the artifact after reading it back, None where there was none."""
         return self.summary["roundtrip"] if self.summary else None
 
+    @property
+    def modes(self) -> Mapping[str, Mapping[str, Any]]:
+        """Its scores by other ways of evaluating (EVAL_STRIDE and the like), by their names in the log's final_ lines."""
+        return (self.summary or {}).get("eval_modes", {})
+
 
 def knobs_that_matter(knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Those that decide the result, the seed left out."""
