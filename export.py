@@ -1294,12 +1294,15 @@ def with_feedback(p: Prepared, step_rows: np.ndarray, step_cols: np.ndarray, buc
 
 @lru_cache(maxsize=4)
 def compiled(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray] | None:
-    """The function as machine code, or None where numba is not installed."""
+    """The function as machine code, kept beside this file where it can be, or None where numba is not installed."""
     try:
         import numba  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
-    return numba.njit(nogil=True)(function)
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:        # no file to keep it by: a packed one
+        return numba.njit(nogil=True)(function)
 
 
 @lru_cache(maxsize=16)

@@ -216,6 +216,8 @@ def paired_validation(data: str, tok: Tokenizer, meta: Mapping[str, Any]) -> np.
 def mode_knobs(values: Mapping[str, str], meta: Mapping[str, Any]) -> Config | None:
     """The knobs of an evaluation beside the plain one, None where they ask for none. Raises ValueError."""
     given = {f.name: parse_knob(f, values[f.name.upper()]) for f in fields(Config) if f.name.upper() in values}
+    if not given:
+        return None
     cfg = replace(Config(), train_seq_len=int(meta["train_seq_len"]), **given)
     asked = [f for f in fields(Config) if f.name in given]
     modules = [tool(name) for name in dict.fromkeys(cfg.modes.values())]

@@ -15,7 +15,9 @@ A trellis and feedback say more with a bit, but weights that were trained as the
 """
 from __future__ import annotations
 
+import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -31,7 +33,7 @@ from train_gpt import Job, Runtime, code_bytes
 MOST_TOKENS = 32_768        # of one look at the network; freezing takes as many as there are groups
 SLACK = 0.005               # share of the bytes that freezing leaves free for what plans miss
 SIDE_BITS = 5.2             # of steps and sizes, for each row and each column
-NEAREST, LATEST = 0.5, 0.7   # of a step, from which on a weight goes to the larger integer: later where they do not fit
+NEAREST, TRIES = 0.5, 10    # of a step, from which on a weight goes to the larger integer: later where they do not fit
 LOOKS, LAST_LOOK = 32, 30   # the grid's scale follows the size so often in a phase, and not at its very end
 CODED_LOOKS = (0, LAST_LOOK)    # those that make a file, which takes 10 s for 17 million weights
 
@@ -126,7 +128,7 @@ class Rounding:
 
     def measure(self, job: Job, coded: bool) -> Tensor:
         """(bits of all integers, steps and sizes, ratio, other), float64; the last two anew where coded."""
-        bits = self.side_bits() + float(self.entropy())
+        bits = self.entropy_bits(self.matrices)
         if coded:
             state = {name: t.detach().cpu() for name, t in sorted(job.model.state_dict().items())}
             placed = self.placed({name: p.detach().float() for name, p in self.matrices.items()})
@@ -139,27 +141,34 @@ class Rounding:
         return SIDE_BITS * sum(sum(p.shape) for p in self.matrices.values())
 
     @torch.no_grad()
-    def entropy(self) -> Tensor:
-        """Bits of all integers given the magnitudes that row and column let expect, which is what the coder goes by."""
+    def entropy_bits(self, whole: Mapping[str, Tensor], at: float = NEAREST) -> float:
+        """The same and all integers' given the magnitudes that row and column let expect, as the coder codes them."""
         size = 2 * export.MAX_CODE + 1
         counts = torch.zeros(export.BUCKETS * size, dtype=torch.int64)
-        for name, p in self.matrices.items():
-            codes = self.integers(name, p.float()).clamp(-export.MAX_CODE, export.MAX_CODE)
+        for name, p in whole.items():
+            codes = self.integers(name, p.float(), at).clamp(-export.MAX_CODE, export.MAX_CODE)
             usual = codes.abs().mean(0) + 2.0**-12
             level = usual.log2() + (codes.abs() / usual).mean(1, keepdim=True).clamp_min(2.0**-12).log2()
             bucket = (4 * (level - export.LOWEST_OCTAVE)).round().clamp(0, export.BUCKETS - 1).long()
             flat = (bucket * size + codes.long() + export.MAX_CODE).flatten()
             counts += torch.bincount(flat, minlength=counts.numel()).cpu()
         table = counts.view(export.BUCKETS, size).double()
-        return (torch.special.entr(table).sum() - torch.special.entr(table.sum(1)).sum()) / np.log(2)
+        nats = torch.special.entr(table).sum() - torch.special.entr(table.sum(1)).sum()
+        return self.side_bits() + float(nats) / math.log(2)
 
     def finish(self, job: Job) -> Iterator[dict[str, export.Stored]]:
-        """The integers of the file; where they do not fit, ever more zeros. The weights become the first of these."""
+        """The integers of the file; where they do not fit, ever more zeros, from where they should. The weights become
+        those rounded to the nearest.
+        """
         whole = {name: p.detach().float().clone() for name, p in self.matrices.items()}
         with torch.no_grad():
             for name, p in self.matrices.items():
                 p.copy_(self.rounded(name, whole[name]))
-        return (self.placed(whole, at) for at in np.arange(NEAREST, LATEST, 0.004))
+        most = 8 * export.rd_budget(job.cfg.export_options, sum(t.numel() for t in job.model.state_dict().values()),
+                                    code_bytes(job.cfg))[0] - self.other
+        ats = [NEAREST + 0.004 * k for k in range(50)]
+        first = bisect_left(ats, True, key=lambda at: self.ratio * self.entropy_bits(whole, at) <= most)
+        return (self.placed(whole, at) for at in ats[max(first - 1, 0):][:TRIES])
 
     def placed(self, whole: Mapping[str, Tensor], at: float = NEAREST) -> dict[str, export.Stored]:
         found = {}

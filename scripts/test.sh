@@ -6,4 +6,4 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 ensure_venv requirements-dev.txt
 export OMP_NUM_THREADS=1
-exec "$VENV/bin/python" -m pytest -n 3 --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -252,3 +252,12 @@ def fixed_batch(step: int, vocab_size: int, rows: int = 4, seq_len: int = 19) ->
 
 def muon_of(optimizers: Sequence[torch.optim.Optimizer]) -> Muon:
     return next(optimizer for optimizer in optimizers if isinstance(optimizer, Muon))
+
+
+LONGEST = ("test_run", "test_objective", "test_finishing", "test_campaign", "test_remote", "test_sweep", "test_prepare",
+           "test_scoring", "test_packing", "test_submission", "test_numuon", "test_optim", "test_launchers", "test_rd_tools")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest go first: a worker takes whole files, and the last one should not be alone with a long one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

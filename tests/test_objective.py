@@ -322,16 +322,15 @@ def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     assert all(torch.equal(p, weights_of(whole)[name]) for name, p in weights_of(second).items())
 
 
-@pytest.mark.parametrize(("states", "phase"), [("8", "frozen: step:"), ("0", "rounded: step:")])
-def test_two_ranks_agree_with_one(tiny_env, states, phase):
+def test_two_ranks_agree_with_one(tiny_env):
     env = tiny_env | EVERYTHING | RD | {"RATE_REG_MODEL": "waterfill", "ITERATIONS": "6", "WARMUP_STEPS": "0",
-                                        "TRAIN_LOG_EVERY": "1", "FINAL_ROUNDTRIP_EVAL": "0", "TCQ_STATES": states}
+                                        "TRAIN_LOG_EVERY": "1", "FINAL_ROUNDTRIP_EVAL": "0", "TCQ_STATES": "0"}
     clean = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "OMP_NUM_THREADS", "TMPDIR")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*command, str(ROOT / "train_gpt.py")], env=clean | env | {"RUN_ID": "two"}, cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(phase) == 4
+    assert done.stdout.count("rounded: step:") == 4
     assert train_gpt.main(env | {"RUN_ID": "one"}) == 0
     one, two = ([json.loads(line) for line in (Path(env["LOG_DIR"]) / name / "metrics.jsonl").read_text().splitlines()]
                 for name in ("one", "two"))

@@ -66,6 +66,7 @@ def write_run(folder: Path, seed: int, bpb: float, *, config: Mapping[str, Any] 
             "artifact_bytes": artifact_bytes, "code_bytes": CODE_BYTES, "total_bytes": total, "cap_bytes": cap,
             "under_cap": not 0 < cap < total, "bits_per_weight": 3.0, "floored_share": 0.0, "rms_error": 0.1,
             "planned_bytes": 0, "expected_nats": None, "permutation_gains": {}, "parts": parts,
+            "eval_modes": {},
             "seconds": {"prepare": 1.0, "train": 30.0, "export": 2.0}}, summary or {})
     rows = [{"kind": "val", "step": step, "val_loss": bpb, "val_bpb": bpb + 1 / (1 + step), "train_ms": 1.0}
             for step in (0, 40)]
