@@ -7,7 +7,9 @@ Run: bash scripts/test.sh tests/test_campaign.py (about 25 s).
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TinyData, tiny_knobs
@@ -59,6 +61,18 @@ def losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["train_loss"] for row in rows if row["kind"] == "train"}
 
 
+@pytest.fixture
+def scoring_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores in this process, which saves three starts of Python; training keeps its own."""
+    start = subprocess.run
+
+    def run(command: list[str], **settings: Any) -> Any:
+        return start(command, **settings) if command[2:3] != ["score"] else campaign.main(command[2:])
+
+    monkeypatch.setattr(campaign.subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("scoring_here")
 def test_arms_branch_off_their_trunk_and_are_scored_once(spec, tmp_path, capsys):
     assert campaign.main(["run", str(spec), "--seeds", "1"]) == 0
     trunk, arm = (tmp_path / "logs" / f"t_{name}_s1" for name in ("plain", "ternary"))

@@ -194,7 +194,7 @@ def test_the_rates_fall_before_the_phase_and_again_in_it(tiny_env):
     assert found == pytest.approx([1, 1, 0.5, 1 / 40, 0.2, 0.1, 0.01])
 
 
-@pytest.mark.parametrize(("knobs", "at"), [(KNOBS, 3), (KNOBS, 7), (ROUND, 7)])
+@pytest.mark.parametrize(("knobs", "at"), [(KNOBS, 3), (KNOBS, 6), (ROUND, 7)])
 def test_a_resumed_run_goes_on_as_if_uninterrupted(tiny_env, knobs, at):
     env = tiny_env | knobs
     whole, first, second = (build_job(env | {"RUN_ID": name}) for name in ("whole", "first", "second"))
