@@ -53,10 +53,11 @@ def look(job: Job, names: list[str]) -> tuple[dict[str, Tensor], export.Statisti
     return state, known, export.in_threads(lambda name: export.prepare(name, state[name].float(), known.terms[name]), names)
 
 
-def bits_aimed_at(job: Job) -> float:
-    """Of the whole file."""
+def budget_bits(job: Job) -> tuple[float, float]:
+    """(most, aimed at) of the whole file."""
     weights = sum(t.numel() for t in job.model.state_dict().values())
-    return 8 * export.rd_budget(job.cfg.export_options, weights, code_bytes(job.cfg))[1]
+    most, aim, _ = export.rd_budget(job.cfg.export_options, weights, code_bytes(job.cfg))
+    return 8.0 * most, 8 * aim
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,14 +88,14 @@ class Rounding:
             self.looks = turn + 1
             found = from_rank_zero(job.rt, lambda: {"found": self.measure(job, coded)})["found"]
             bits, self.ratio, self.other = found.tolist()
-            most, weights = bits_aimed_at(job) - self.other, sum(p.numel() for p in self.matrices.values())
+            most, weights = budget_bits(job)[1] - self.other, sum(p.numel() for p in self.matrices.values())
             job.folder.log(f"rounded: step:{job.step} bits_per_weight:{bits / weights:.4f} wanted:{most / weights:.4f}")
             self.set_dial(self.dial + (bits - most) / weights)      # a bit is about an octave
 
     def lay_out(self, job: Job) -> None:
         def make() -> dict[str, Tensor]:
             prepared = look(job, list(self.matrices))[2]
-            dial = export.dial_for(prepared, bits_aimed_at(job) - self.side_bits())
+            dial = export.dial_for(prepared, budget_bits(job)[1] - self.side_bits())
             found = {"dial": torch.tensor(dial, dtype=torch.float64)}
             for p in prepared:
                 logs = np.empty_like(p.log_steps)
@@ -164,8 +165,7 @@ class Rounding:
         with torch.no_grad():
             for name, p in self.matrices.items():
                 p.copy_(self.rounded(name, whole[name]))
-        most = 8 * export.rd_budget(job.cfg.export_options, sum(t.numel() for t in job.model.state_dict().values()),
-                                    code_bytes(job.cfg))[0] - self.other
+        most = budget_bits(job)[0] - self.other
         ats = [NEAREST + 0.004 * k for k in range(50)]
         first = bisect_left(ats, True, key=lambda at: self.ratio * self.entropy_bits(whole, at) <= most)
         return (self.placed(whole, at) for at in ats[max(first - 1, 0):][:TRIES])
@@ -251,7 +251,7 @@ class Freezing:
         if not self.done:
             made = export.encode_artifact(state, job.meta, options, statistics=known, code_bytes=code_bytes(job.cfg))
             self.prices, self.overhead = made.prices, 8 * len(made.data) - export.planned_bits(prepared, made.dial)
-        dial = export.dial_for(prepared, (1 - SLACK) * bits_aimed_at(job) - self.overhead - self.spent)
+        dial = export.dial_for(prepared, (1 - SLACK) * budget_bits(job)[1] - self.overhead - self.spent)
         own = [p for p in prepared if p.name in self.groups[self.done]]
         self.spent += export.planned_bits(own, dial)
         placed = export.in_threads(lambda p: export.stored_on_grid(state[p.name], p, dial, options, self.prices), own)

@@ -186,8 +186,10 @@ class Objective:
         """For a validation: in the last phase, what the file would score."""
         if self.phase == 2:
             self.finished()
-        yield
-        self.put_back()
+        try:
+            yield
+        finally:
+            self.put_back()
 
     def noisy(self, name: str, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows with uniform noise: as rd lays its steps out, else of one step in each row's own spread."""
