@@ -303,7 +303,7 @@ def test_the_compiled_graph_is_one_and_sees_the_noise(tiny_env):
 EVERYTHING = TERMS | {"COMPRESSION_REG_INTERVAL": "2", "COMPRESSION_REG_SAMPLE_TENSORS": "5",
                       "COMPRESSION_REG_MAX_COLS": "9", "NOISE_QAT_STEP_SIGMAS": "0.3", "NOISE_QAT_START_FRAC": "0.4",
                       "FINISH_STEPS": "4", "ITERATIONS": "12",
-                      "RATE_REG_WEIGHT": "0.1", "EXPORT_GRID_EVERY": "5", "WARMUP_STEPS": "2"}
+                      "RATE_REG_WEIGHT": "0.1", "EXPORT_GRID_EVERY": "8", "WARMUP_STEPS": "2"}
 
 
 @pytest.mark.parametrize(("knobs", "at"), [
