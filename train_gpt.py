@@ -189,7 +189,7 @@ class Config(ExportOptions, ModelShape):
     eval_ngram_order: int = knob(5, "Evaluation", "tokens of the longest n-grams, for EVAL_MIX_LEARN", free=True, low=2)
     eval_sidecar_scope: str = knob("both", "Evaluation", "whose tokens count", choices=("both", "doc", "stream"), free=True)
     eval_depth_loops: int = knob(0, "Evaluation", "most extra turns through shared blocks; 0 = no such score", free=True)
-    eval_halt_threshold: float = knob(0.0, "Evaluation", "a token that moved less takes no more turns; 0 = all do", free=True)
+    eval_halt_threshold: float = knob(0.0, "Evaluation", "a token that moved less takes no more; 0 = all do", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
