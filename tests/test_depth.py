@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, VARIANTS, TinyData, filled_model, tiny_knobs, tiny_shape
-from test_scoring import BOS, Killed, evaluation, lines_of, naive, text
+from test_scoring import BOS, Killed, evaluation, lines_of, naive, run_two_ranks, text
 
 import export
 import train_gpt
@@ -223,15 +220,7 @@ def both_modes() -> scoring.Evaluation:
 
 
 def test_two_ranks_give_the_bits_of_one_with_the_sidecar_too(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(ROOT)], env=env | {"RANK": str(rank)},
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    run_two_ranks(WORKER, tmp_path)
     alone = list(depth.score(both_modes()))
     assert [one.name for one in alone] == ["depth", "depth_sidecar"]
     for one in alone:
