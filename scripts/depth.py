@@ -129,12 +129,12 @@ def distributions(ev: Evaluation, targets: Sequence[int] | np.ndarray) -> Tensor
 
 def compute_report(forward: DepthPass, turns: np.ndarray) -> dict[str, float]:
     """What the turns of the targets, (N - 1,), come to; the keys are explained above."""
-    loops, taken = forward.loops, np.bincount(turns.astype(np.int64), minlength=forward.loops + 1) / turns.size
-    mean = float(taken @ np.arange(loops + 1))
+    loops, taken = forward.loops, np.bincount(turns.astype(np.int64), minlength=forward.loops + 1)
+    going = (turns.size - np.cumsum(taken)[:-1]) / turns.size           # share of the targets that take each turn
     per_turn, block = len(forward.turn) / len(forward.model.layer_blocks), forward.blocks[0]
     whole = sum(linear.weight.numel() for linear in block.modules() if isinstance(linear, nn.Linear))
     kept = (block.attn.c_k.weight.numel() + block.attn.c_v.weight.numel()) / whole
-    shares = {f"halted_{k}": round(float(share), 4) for k, share in enumerate(taken)}
-    return {"loops": loops, "threshold": forward.threshold, "mean_loops": round(mean, 4), **shares,
-            "forward_cost": round(1 + per_turn * (mean + kept * (loops - mean)), 4),
-            "forward_cost_run": round(1 + per_turn * loops, 4)}
+    needed = np.where(going > 0, going + kept * (1 - going), 0.0)       # nobody asks for keys in a turn that nobody takes
+    shares = {f"halted_{k}": round(int(count) / turns.size, 4) for k, count in enumerate(taken)}
+    return {"loops": loops, "threshold": forward.threshold, "mean_loops": round(float(going.sum()), 4), **shares,
+            "forward_cost": round(1 + per_turn * float(needed.sum()), 4), "forward_cost_run": round(1 + per_turn * loops, 4)}

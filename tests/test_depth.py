@@ -259,6 +259,8 @@ def test_the_report_counts_turns_and_products() -> None:
     assert depth.compute_report(forward, np.array([0, 0, 1, 2], dtype=np.float32)) == {
         "loops": 2, "threshold": 0.25, "mean_loops": 0.75, "halted_0": 0.5, "halted_1": 0.25, "halted_2": 0.25,
         "forward_cost": 1.35, "forward_cost_run": 1.8}      # 1 + 2/5 (0.75 + 0.1 * 1.25); 1 + 2/5 * 2
+    nobody = depth.compute_report(forward, np.zeros(3, dtype=np.float32))
+    assert (nobody["halted_0"], nobody["mean_loops"], nobody["forward_cost"]) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, SOME["one_block"], AT_ONCE])
