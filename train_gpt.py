@@ -74,8 +74,8 @@ TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_s
          "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
 # Knobs that ask for more than the plain score -> the module of scripts/ whose `score` gives it.
 MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring",
-         "eval_depth_loops": "depth", "eval_halt_threshold": "depth", **dict.fromkeys(("eval_mix_learn", "eval_cache_size",
-         "eval_cache_mix_weight", "eval_bigram_mix_weight", "eval_ngram_order", "eval_sidecar_scope"), "sidecar_mode")}
+         "eval_depth_loops": "depth", "eval_halt_threshold": "depth", **dict.fromkeys(("eval_mix_learn", "eval_ngram_order",
+         "eval_cache_mix_weight", "eval_bigram_mix_weight", "eval_cache_size", "eval_sidecar_scope"), "sidecar_mode")}
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
