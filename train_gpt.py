@@ -73,7 +73,9 @@ TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_s
          "compression_rank1_reg_weight", "ternary_reg_weight", "outlier_reg_weight", "rate_reg_weight",
          "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
 # Knobs that ask for more than the plain score -> the module of scripts/ whose `score` gives it.
-MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring"}
+MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring",
+         "eval_depth_loops": "depth", "eval_halt_threshold": "depth", **dict.fromkeys(("eval_mix_learn", "eval_ngram_order",
+         "eval_cache_mix_weight", "eval_bigram_mix_weight", "eval_cache_size", "eval_sidecar_scope"), "sidecar_mode")}
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
@@ -180,6 +182,14 @@ class Config(ExportOptions, ModelShape):
     sw_eval_batch: int = knob(
         0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
         free=True)
+    eval_mix_learn: bool = knob(False, "Evaluation", "1 = also score mixed with earlier n-grams, weights learned", free=True)
+    eval_cache_mix_weight: float = knob(0.0, "Evaluation", "or by fixed weights: of a cache of the last tokens", free=True)
+    eval_bigram_mix_weight: float = knob(0.0, "Evaluation", "and of what has followed the token before", free=True)
+    eval_cache_size: int = knob(256, "Evaluation", "tokens that the cache holds", free=True, low=1)
+    eval_ngram_order: int = knob(5, "Evaluation", "tokens of the longest n-grams, for EVAL_MIX_LEARN", free=True, low=2)
+    eval_sidecar_scope: str = knob("both", "Evaluation", "whose tokens count", choices=("both", "doc", "stream"), free=True)
+    eval_depth_loops: int = knob(0, "Evaluation", "most extra turns through shared blocks; 0 = no such score", free=True)
+    eval_halt_threshold: float = knob(0.0, "Evaluation", "a token that moved less takes no more; 0 = all do", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(

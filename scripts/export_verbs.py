@@ -70,6 +70,7 @@ from train_gpt import (
     parse_knob,
     read_split,
     read_validation,
+    shape_from_meta,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,12 +219,12 @@ def mode_knobs(values: Mapping[str, str], meta: Mapping[str, Any]) -> Config | N
     given = {f.name: parse_knob(f, values[f.name.upper()]) for f in fields(Config) if f.name.upper() in values}
     if not given:
         return None
-    cfg = replace(Config(), train_seq_len=int(meta["train_seq_len"]), **given)
+    shape = asdict(shape_from_meta(meta))
+    cfg = replace(Config(), train_seq_len=int(meta["train_seq_len"]), **shape, **given)
     asked = [f for f in fields(Config) if f.name in given]
-    modules = [tool(name) for name in dict.fromkeys(cfg.modes.values())]
-    if faults := range_problems(cfg, asked) + [text for module in modules for text in module.problems(cfg)]:
+    if faults := range_problems(cfg, asked) + (tool("scoring").problems(cfg) if cfg.modes else []):
         raise ValueError("; ".join(faults))
-    return cfg if modules else None
+    return cfg if cfg.modes else None
 
 
 def score_modes(state: Mapping[str, Tensor], meta: Mapping[str, Any], cfg: Config, scheme: str, *, data: str,

@@ -9,11 +9,12 @@ at t - 1. Sums are float64 over that array, so they depend neither on the ranks 
 
 A mode is a row or more of train_gpt.MODES and a module with
 
-    problems(cfg) -> list[str]                      what is wrong with its knobs, one line each (of this module alone: all)
+    problems(cfg) -> list[str]                      what is wrong with its knobs, one line each
     score(ev: Evaluation) -> Iterator[Score]        its scores, each logged and put into summary.json as it comes
 
 It starts from `ev.own`, the model's own score by the windows that the knobs ask for (side by side without EVAL_STRIDE),
-which is computed once for all modes, or makes passes of its own. With all knobs at their defaults this is not imported.
+which is computed once for all modes, or makes passes of its own. `problems` of this module gathers those of all modes that
+the knobs ask for. With all knobs at their defaults it is not imported.
 """
 from __future__ import annotations
 
@@ -46,10 +47,11 @@ LINE_EVERY_S = 60.0                 # between lines of progress where there is n
 
 
 def problems(cfg: Config) -> list[str]:
-    """What is wrong with the knobs of the windows."""
+    """What is wrong with the knobs of the windows, and of the other modes that they ask for."""
     length = cfg.eval_seq_len or cfg.train_seq_len
     windows = cfg.eval_stride != 0 or cfg.eval_doc_isolated
     asked = [name.upper() for name in ("eval_seq_len", "sw_eval_batch") if getattr(cfg, name)]
+    others = [tool(name) for name in dict.fromkeys(cfg.modes.values()) if name != "scoring"]
     return [text for wrong, text in (
         (cfg.eval_stride > length,
          f"EVAL_STRIDE must be at most EVAL_SEQ_LEN={length}, or targets would be left out, got {cfg.eval_stride}"),
@@ -60,7 +62,7 @@ def problems(cfg: Config) -> list[str]:
          f"{', '.join(cfg.modes)}: only an artifact that is evaluated is scored so; FINAL_ROUNDTRIP_EVAL must be 1"),
         (cfg.sdp_backend in ("flash", "cudnn") and 0 < cfg.eval_stride < length,
          f"SDP_BACKEND={cfg.sdp_backend} takes no mask, which EVAL_STRIDE needs in the last layer; use auto"),
-    ) if wrong]
+    ) if wrong] + [text for module in others for text in module.problems(cfg)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,30 +223,33 @@ class Evaluation:
         count = score.nats.size
         return EvalResult(nats / count, nats / math.log(2) / byte_count, count, byte_count, score.seconds)
 
-    def score_windows(self, name: str, windows: np.ndarray) -> np.ndarray:
-        """Nats of the targets that these windows score, at their places of an (N - 1,) float32 array; others are NaN."""
-        work, nats_of = self.batches(windows), self.rt.compile(self.forward.nats)
+    def score_windows(self, name: str, windows: np.ndarray, values_of: Callable[..., Tensor] | None = None, values: int = 1
+                      ) -> np.ndarray:
+        """Nats of the targets that these windows score, at their places of an (N - 1,) float32 array; others are NaN.
+        Another pass may give several `values` of each target, (values, rows, places): (values, N - 1) is then returned.
+        """
+        work, values_of = self.batches(windows), self.rt.compile(values_of or self.forward.nats)
         parts = np.array_split(np.arange(len(work)), min(SECTIONS, len(work)))
         places = [np.concatenate([work[i].targets[work[i].scored] for i in part]) - 1 for part in parts]
 
         def section(number: int) -> np.ndarray:
             sizes = [int(work[i].scored.sum()) for i in parts[number]]
-            ends, found = np.cumsum(sizes), torch.zeros(sum(sizes))
+            ends, found = np.cumsum(sizes), torch.zeros(values, sum(sizes))
             for i, end, size in list(zip(parts[number], ends, sizes, strict=True))[self.rt.rank::self.rt.world_size]:
-                found[end - size:end] = self.run_batch(work[i], nats_of)
-            return self.rt.reduce(found.to(self.rt.device)).cpu().numpy()   # the other ranks have zeros: exact
+                found[:, end - size:end] = self.run_batch(work[i], values_of)
+            return self.rt.reduce(found.to(self.rt.device)).flatten().cpu().numpy()     # other ranks have zeros: exact
 
-        nats = np.full(self.tokens.size - 1, np.nan, dtype=np.float32)
-        for at, found in zip(places, self.sections(name, [at.size for at in places], section), strict=True):
-            nats[at] = found
-        return nats
+        scored = np.full((values, self.tokens.size - 1), np.nan, dtype=np.float32)
+        for at, found in zip(places, self.sections(name, [values * at.size for at in places], section), strict=True):
+            scored[:, at] = found.reshape(values, -1)
+        return scored if values > 1 else scored[0]
 
-    def run_batch(self, batch: Batch, nats_of: Callable[..., Tensor]) -> Tensor:
-        """Nats of the scored places, (n,) float32 on the host."""
+    def run_batch(self, batch: Batch, values_of: Callable[..., Tensor]) -> Tensor:
+        """What the pass gives for the scored places, (..., n) float32 on the host."""
         ids, targets = batch.gather(self.tokens)
         with torch.inference_mode(), self.rt.autocast():
-            nats = nats_of(ids.to(self.rt.device), targets.to(self.rt.device), batch.last, batch.step)
-        return nats.cpu()[torch.from_numpy(batch.scored)]
+            found = values_of(ids.to(self.rt.device), targets.to(self.rt.device), batch.last, batch.step)
+        return found.cpu()[..., torch.from_numpy(batch.scored)]
 
     def distributions(self, targets: Sequence[int] | np.ndarray) -> Tensor:
         """Log-probabilities that these targets were scored with, (n, V) float32 on the host: windows and passes are like
@@ -295,7 +300,7 @@ class Evaluation:
                 now, left = time.perf_counter(), sum(sizes[number + 1:])
                 if bar.disable and left and now - told > LINE_EVERY_S:
                     told, pace_s = now, (now - t0) / (total - left - before)
-                    self.log(f"{name}: {1 - left / total:.0%} of {total} targets, {left * pace_s:.0f} s to go")
+                    self.log(f"{name}: {1 - left / total:.0%}, {left * pace_s:.0f} s to go")
         if self.rt.master and self.kept is not None:
             for number in range(len(sizes)):
                 self.section(name, number).unlink(missing_ok=True)

@@ -70,6 +70,7 @@ class Mixture:
     nats: np.ndarray                            # (N-1,) float64
     steps: tuple[Step, ...]                     # in the order of mixing
     weights: dict[int, dict[str, float]]        # of each target asked for: expert: weight
+    model_share: float                          # mean weight that the model is left with
 
 
 class Sidecar:
@@ -241,9 +242,11 @@ class Mixing:
         self.mixed = np.exp(-model_nats)
         self.steps: list[Step] = []
         self.weights: dict[int, dict[str, float]] = {t: {} for t in watched}
+        self.model_weight = np.ones(model_nats.size)
 
     def add(self, name: str, weight: np.ndarray, expert: np.ndarray, base: np.ndarray | None = None) -> None:
-        """(1 - weight) base + weight expert, (N-1,) each; the base is what was mixed so far, or another one."""
+        """(1 - weight) base + weight expert, (N-1,) each; the base is what was mixed so far, or the model under that."""
+        self.model_weight = self.model_weight * (1 - weight) if base is None else 1 - weight * (1 - self.model_weight)
         base = self.mixed if base is None else base
         mixed = base + weight * (expert - base)
         acting = np.count_nonzero(weight)
@@ -262,7 +265,8 @@ class Mixing:
         self.add(name, weight, expert, base)
 
     def result(self) -> Mixture:
-        return Mixture(-np.log(self.mixed), tuple(self.steps), self.weights)
+        share = float(self.model_weight.sum()) / max(self.model_weight.size, 1)
+        return Mixture(-np.log(self.mixed), tuple(self.steps), self.weights, share)
 
 
 def learned_weights(ratio: np.ndarray, bucket: np.ndarray, grid: np.ndarray) -> np.ndarray:

@@ -58,23 +58,25 @@ class WindowPass:
         """`GPT.features` of ids (B, T) at the `last` places of each row, 0 = all: (B * last, D). `step` > 0 says that each
         row begins so many tokens after the one above it in one text.
         """
-        model = self.model
         if not last:
-            return model.features(ids).flatten(0, 1)
+            return self.model.features(ids).flatten(0, 1)
+        (x0, *_, x), (cos, sin) = self.inputs(ids)
+        return rms_norm(last_places(self.blocks[self.model.layer_blocks[-1]], x, x0, cos, sin, last)).flatten(0, 1)
+
+    def inputs(self, ids: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """What each layer takes, (B, T, D) with its skip, of token ids (B, T), the first being x0; and the rotary tables."""
+        model = self.model
         x = model.tok_emb(ids)
-        x = x0 = rms_norm(x if model.embed_proj is None else model.embed_proj(x))
-        cos, sin = (table[: ids.size(1)].to(x.dtype) for table in (model.cos, model.sin))
-        skips: list[Tensor] = []
-        for layer, number in enumerate(model.layer_blocks):
-            if layer >= model.encoder_layers and skips:
-                x = x + model.skip_weights[layer - model.encoder_layers].to(x.dtype) * skips.pop()
-            if layer == len(model.layer_blocks) - 1:
-                x = last_places(self.blocks[number], x, x0, cos, sin, last)
-            else:
-                x = self.blocks[number](x, x0, cos, sin)
+        found, skips = [rms_norm(x if model.embed_proj is None else model.embed_proj(x))], list[Tensor]()
+        cos, sin = (table[: ids.size(1)].to(found[0].dtype) for table in (model.cos, model.sin))
+        for layer, number in enumerate(model.layer_blocks[:-1]):
+            x = self.blocks[number](found[-1], found[0], cos, sin)
             if layer < model.encoder_layers:
                 skips.append(x)
-        return rms_norm(x).flatten(0, 1)
+            if layer + 1 >= model.encoder_layers and skips:
+                x = x + model.skip_weights[layer + 1 - model.encoder_layers].to(x.dtype) * skips.pop()
+            found.append(x)
+        return found, (cos, sin)
 
     def logits(self, ids: Tensor, last: int = 0, step: int = 0) -> Tensor:
         """Soft-capped logits (B * last, V) of ids (B, T), float32."""

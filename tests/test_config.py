@@ -110,7 +110,7 @@ def test_choices_are_listed_when_missed(name: str) -> None:
     choices = next(f.metadata["choices"] for f in fields(Config) if f.name.upper() == name)
     assert problems_of(**{name: "tpu"}) == [f"{name} must be one of {', '.join(choices)}, got 'tpu'"]
     needed = {"hessian": {"CALIBRATION_TOKENS": 1}, "sensitivity": {"SENSITIVITY_MAP": "map.json"},
-              "rd": {"CALIBRATION_TOKENS": 1}}
+              "rd": {"CALIBRATION_TOKENS": 1}, "doc": {"EVAL_MIX_LEARN": 1}, "stream": {"EVAL_MIX_LEARN": 1}}
     for choice in choices:
         assert problems_of(**{name: choice}, **needed.get(choice, {})) == []
 
@@ -311,7 +311,7 @@ def knobs_read(*sources: str) -> set[str]:
 def test_every_knob_is_read_by_the_program() -> None:
     trainer, *exporters = ((ROOT / name).read_text(encoding="utf-8") for name in (
         "train_gpt.py", "export.py", "scripts/int8_plan.py", "scripts/symmetries.py", "scripts/numuon.py",
-        "scripts/objective.py", "scripts/scoring.py"))
+        "scripts/objective.py", "scripts/scoring.py", "scripts/sidecar_mode.py", "scripts/depth.py"))
     knobs = {f.name for f in fields(Config)}
     assert knobs - knobs_read(trainer, *exporters) == set()
     silenced = trainer.replace(".grad_clip_norm", ".seed").replace("self.num_unique_blocks or", "")
