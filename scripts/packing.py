@@ -39,7 +39,7 @@ ENTRY = "train_gpt"
 WANTED_BYTES = 40_000
 SCRIPTS = Path(__file__).resolve().parent
 CACHE = SCRIPTS / "__pycache__"         # which git ignores
-CACHED_FILES = 8
+CACHED_FILES = 32         # as many sets of tools are in use at a time: tests and sweeps go through a dozen
 # Other modules are imported from the payload on demand; train_gpt runs in the file's own place and answers to both names.
 # `sources` is what export.tool asks for. The hook is for Pythons before 3.13, whose own printer of tracebacks looks for
 # source lines in files alone; the line that runs the sources stands apart from the payload, because tracebacks show it.
