@@ -73,7 +73,7 @@ def check_opened(watched: Watched, inputs: Iterable[str | Path]) -> Iterator[Fin
             continue
         path = Path(os.path.realpath(what))
         source = path.suffix in (".py", ".pyc") and str(path.parent).removesuffix("/__pycache__") in sources
-        known = what == "None" or str(path) in wanted or source or what.startswith((*SYSTEM_FILES, watched.scratch + os.sep))
+        known = what == "None" or str(path) in wanted or source or what.startswith((*SYSTEM_FILES, watched.scratch))
         if not known and not any(str(path).startswith(folder + os.sep) for folder in CODE_FOLDERS):
             files.faults.append(f"opened {what}")
     yield files
