@@ -164,7 +164,7 @@ class Audit:
             yield rules.check_order(name, events, self.tokens.size - 1)
         gradients = Finding("calls of autograd while scoring", self.seen.gradients)
         if self.seen.gradients and not self.events:
-            gradients.faults.append("gradients were computed while scoring, and no mode's module has `traced`")
+            gradients.faults.append("gradients were computed while scoring, and no mode's module has `adapt`")
         yield gradients
         again = Finding("scores of a second call, bit for bit", tolerance=self.exact)
         rules.compare(again, self.seen.nats, self.subject.evaluate(self.tokens), slice(0, None), "the same text again")

@@ -4,13 +4,13 @@ An evaluator is any function of the tokens of a text, (N,), that gives its score
 target t at t - 1, as many as it scores (the plain windows leave out what fills none). Checks see the numbers alone, so they
 hold for windows, mixtures and models that learn while they score. A mode's module (see scripts/scoring.py) adds to that
 
-    distributions(ev, targets) -> Tensor (n, V), or {score's name: Tensor}
+    distributions(ev, targets) -> Tensor (n, V), or {score's name: Tensor} where it gives several scores
                                     log-probabilities that these targets are scored with, of a text scored from its start
-    traced(ev) -> Iterator[Event]   of a mode that adapts: what it scores and learns from, in the order in which it does
+    adapt(ev, trace)                of a mode that learns: scores the text and calls `trace` with each Event as it happens
     isolated(cfg) -> bool           whether it claims that scores depend on the target's document alone; without: no claim
 
 A mode without `distributions` fails the rule of normalisation, unless its score is the model's own, and one that computes
-gradients without `traced` fails that of order.
+gradients without `adapt` fails that of order. What ranks share goes through `ev.rt.reduce` and `ev.rt.broadcast` alone.
 """
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -222,28 +223,30 @@ def check_some_tokens(evaluate: Evaluate, given: Mapping[str, Tensor | None], te
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Event:
-    """One thing that a mode which adapts does, in the order in which it does it.
+class Event(Protocol):
+    """One thing that happens to a stretch of text, whose adapted state is its own.
 
-    "score": targets first .. last are scored, with the state of that digest; "update": the state learned from these targets,
-    digest after; "reset": the state is the first one again, digest after (first and last say nothing). Digests are of all
-    that adapts, values and optimiser's moments (export.weights_digest). Modes that adapt several documents side by side
-    give each a `state` of its own; a state's first event is a reset.
+    "reset": the state is the first one again, `digest` after (first = stop); "score": targets first .. stop - 1 are scored
+    with the state of that digest; "update": the state learned from these targets, digest after. Digests are of all that
+    later scores depend on, values and optimiser's moments (export.weights_digest). A stretch's first event is a reset.
     """
-    kind: str
-    first: int
-    last: int
-    digest: str
-    state: int = 0
+    @property
+    def kind(self) -> str: ...
+    @property
+    def stretch(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
 
 
+@dataclass
 class State:
-    """What the events of one state have told so far."""
-
-    def __init__(self) -> None:
-        self.digest = ""
-        self.learned = 0            # the last target that it learned from since its reset
+    """What the events of one stretch have told so far."""
+    digest: str
+    learned: int = 0            # the last target that it learned from since its reset
 
 
 def check_order(name: str, events: Iterable[Event], targets: int) -> Finding:
@@ -251,39 +254,40 @@ def check_order(name: str, events: Iterable[Event], targets: int) -> Finding:
     all of them scored before; between updates the state keeps its digest, and a reset restores the first.
     """
     finding = Finding(f"events of {name}'s trace")
-    scored, states, first_digest = np.zeros(targets + 1, dtype=np.int64), dict[int, State](), ""
+    scored, states, first_digest = np.zeros(targets + 2, dtype=np.int64), dict[int, State](), ""
     for event in events:
         finding.count += 1
-        known, said = event.state in states, f"{event.kind} of targets {event.first} .. {event.last}"
-        state = states.setdefault(event.state, State())
-        part = slice(event.first, event.last + 1)
-        if not known and event.kind != "reset":
-            finding.fault(f"{said}: no reset came before it")
-            state.digest = event.digest
+        said = f"{event.kind} of targets {event.first} .. {event.stop - 1}"
         if event.kind == "reset":
             first_digest = first_digest or event.digest
             if event.digest != first_digest:
                 finding.fault(f"a reset left state {event.digest}, the first one was {first_digest}")
-            state.digest, state.learned = event.digest, 0
-            continue
-        if not 1 <= event.first <= event.last <= targets:
-            finding.fault(f"{said}: there are targets 1 .. {targets}")
-        elif event.kind == "score":
-            if event.digest != state.digest:
-                finding.fault(f"{said}: with state {event.digest}, the last update or reset had left {state.digest}")
-            if state.learned >= event.first:
-                finding.fault(f"{said}: by a state that had learned from target {state.learned}")
-            scored[part] += 1
-        elif event.kind == "update":
-            if not scored[part].all():
-                finding.fault(f"{said}: target {event.first + int(np.argmin(scored[part]))} had not been scored")
-            state.digest, state.learned = event.digest, max(state.learned, event.last)
+            states[event.stretch] = State(event.digest)
+        elif event.stretch not in states:
+            finding.fault(f"{said}: no reset of stretch {event.stretch} came before it")
+        elif event.kind not in ("score", "update") or not 1 <= event.first < event.stop <= targets + 1:
+            finding.fault(f"{said}: events are score, update and reset of targets 1 .. {targets}")
         else:
-            finding.fault(f"{said}: events are score, update, reset")
-    wrong = np.flatnonzero(scored[1:] != 1) + 1
+            faults = follow(event, states[event.stretch], scored)
+            finding.faults += [f"{said}: {text}" for text in faults]
+    wrong = np.flatnonzero(scored[1:-1] != 1) + 1
     if wrong.size:
         finding.fault(f"target {wrong[0]} was scored {scored[wrong[0]]} times, {wrong.size} targets not once")
     return finding
+
+
+def follow(event: Event, state: State, scored: np.ndarray) -> list[str]:
+    """Faults of a score or an update after what came before it, which it is added to."""
+    part = slice(event.first, event.stop)
+    if event.kind == "score":
+        scored[part] += 1
+        return [text for wrong, text in (
+            (event.digest != state.digest, f"with state {event.digest}, the last update or reset had left {state.digest}"),
+            (state.learned >= event.first, f"by a state that had learned from target {state.learned}"),
+        ) if wrong]
+    state.digest, state.learned = event.digest, max(state.learned, event.stop - 1)
+    early = event.first + int(np.argmin(scored[part]))
+    return [] if scored[part].all() else [f"target {early} had not been scored"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -119,15 +119,17 @@ class Subject:
             ev, names = self.evaluation(tokens), [name for name, of in seen.modules.items() if of == module_name]
             if hasattr(module, "distributions"):
                 found = module.distributions(ev, targets)
-                given |= {name: found.get(name) if isinstance(found, Mapping) else found for name in names}
+                given |= {name: found.get(name) for name in names} if isinstance(found, Mapping) else {names[0]: found}
             else:
                 given |= {name: ev.distributions(targets) if name in seen.own else None for name in names}
         return given
 
     def events(self, tokens: np.ndarray) -> dict[str, list[Event]]:
-        """The traces of the modes that have one."""
-        return {name: list(module.traced(self.evaluation(tokens)))
-                for name, module in self.modules.items() if hasattr(module, "traced")}
+        """The traces of the modes that adapt."""
+        found: dict[str, list[Event]] = {name: [] for name, module in self.modules.items() if hasattr(module, "adapt")}
+        for name, events in found.items():
+            self.modules[name].adapt(self.evaluation(tokens), events.append)
+        return found
 
     def isolated(self, seen: Seen) -> list[str]:
         """The scores that claim to depend on their document alone."""
@@ -216,8 +218,8 @@ def probe_text(tokens: np.ndarray, length: int) -> np.ndarray:
 
 def adapted_text(tokens: np.ndarray, events: Iterable[Event]) -> np.ndarray:
     """The text's beginning up to a few targets behind those of the first update."""
-    last = next((event.last for event in events if event.kind == "update"), tokens.size)
-    return np.array(tokens[:last + 5])
+    stop = next((event.stop for event in events if event.kind == "update"), tokens.size)
+    return np.array(tokens[:stop + 4])
 
 
 def sample_targets(tokens: np.ndarray, bos_id: int, count: int, seed: int) -> np.ndarray:

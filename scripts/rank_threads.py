@@ -58,15 +58,19 @@ class Meeting:
 
 @dataclass
 class ThreadRank(Runtime):
-    """One of the ranks; what it shares goes through `reduce` and `broadcast`, as in a run."""
+    """One of the ranks; what it shares goes through `reduce` and `broadcast`, as in a run. A copy that is made one of one
+    shares nothing.
+    """
     meeting: Meeting = field(kw_only=True)
 
     def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        if self.world_size == 1:
+            return values
         found = torch.stack(self.meeting.exchange(self.rank, values.clone()))
         return values.copy_(found.amax(0) if op == dist.ReduceOp.MAX else found.sum(0))
 
     def broadcast(self, data: bytes, source: int = 0) -> bytes:
-        return self.meeting.exchange(self.rank, data)[source]
+        return data if self.world_size == 1 else self.meeting.exchange(self.rank, data)[source]
 
 
 @contextlib.contextmanager

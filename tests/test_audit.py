@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,9 +39,19 @@ import audit_subject
 import hygiene
 import rank_threads
 import scoring
-from audit_rules import Event
 
 BOS, VOCAB = 1, 23
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: str
+    stretch: int
+    first: int
+    stop: int
+    digest: str
+
+
 WORDS = np.exp(np.linspace(-1, 1, VOCAB)) / np.exp(np.linspace(-1, 1, VOCAB)).sum()
 
 
@@ -118,7 +128,7 @@ class Learner:
     def __init__(self, early: bool = False, lying: bool = False, leaving: bool = False, traces: bool = True):
         self.early, self.lying, self.leaving = early, lying, leaving
         if traces:
-            self.traced = self._traced
+            self.adapt = self.tell
 
     def run(self, ev: scoring.Evaluation) -> Iterator[tuple[Event, np.ndarray | None]]:
         """Events as they happen, with the log-probabilities of the targets of those that score."""
@@ -128,24 +138,24 @@ class Learner:
         def digest() -> str:
             return weights_digest({"weight": weight})
 
-        def logits(first: int, last: int) -> Tensor:
+        def logits(first: int, stop: int) -> Tensor:
             begin = max(0, first - 17)
-            return model.logits(model.features(ids[None, begin:last]))[0, first - 1 - begin:]
+            return model.logits(model.features(ids[None, begin:stop - 1]))[0, first - 1 - begin:]
 
-        yield Event("reset", 0, 0, digest()), None
+        yield Event("reset", 0, 1, 1, digest()), None
         for first in range(1, ev.tokens.size, self.CHUNK):
-            last = min(first + self.CHUNK - 1, ev.tokens.size - 1)
+            stop = min(first + self.CHUNK, ev.tokens.size)
             for kind in ("update", "score") if self.early else ("score", "update"):
                 if kind == "score":
                     with torch.no_grad():
-                        found = logits(first, last).log_softmax(-1).numpy()
-                    yield Event("score", first, last, digest()), found
+                        found = logits(first, stop).log_softmax(-1).numpy()
+                    yield Event("score", 0, first, stop, digest()), found
                 else:
-                    loss = torch.nn.functional.cross_entropy(logits(first, last), ids[first:last + 1])
+                    loss = torch.nn.functional.cross_entropy(logits(first, stop), ids[first:stop])
                     gradient, = torch.autograd.grad(loss, weight)
                     with torch.no_grad():
                         weight -= 0.3 * gradient
-                    yield Event("update", first, last, digest()), None
+                    yield Event("update", 0, first, stop, digest()), None
 
     def rows(self, ev: scoring.Evaluation) -> np.ndarray:
         return np.concatenate([found for _, found in self.run(ev) if found is not None])
@@ -157,11 +167,12 @@ class Learner:
     def distributions(self, ev: scoring.Evaluation, targets: np.ndarray) -> Tensor:
         return torch.from_numpy(self.rows(ev)[np.asarray(targets) - 1])
 
-    def _traced(self, ev: scoring.Evaluation) -> Iterator[Event]:
+    def tell(self, ev: scoring.Evaluation, trace: Callable[[Event], None]) -> None:
         events = [event for event, _ in self.run(ev)]
         if self.lying:      # the order that it should have had
             events[1::2], events[2::2] = events[2::2], events[1::2]
-        yield from events
+        for event in events:
+            trace(event)
 
 
 # --- the audit of them --------------------------------------------------------------------------------------------------
@@ -174,14 +185,16 @@ def table(vocab: int = VOCAB) -> ByteTable:
 def subject(module: Any = None, changes: dict[str, Any] | None = None, **knobs: Any) -> audit_subject.Subject:
     cfg = replace(Config(), train_seq_len=24, **({"eval_stride": 8} | knobs))
     modules = {"scoring": scoring} | ({"mode": module} if module else {})
-    return audit_subject.Subject(filled_model(tiny_shape(vocab_size=VOCAB, num_layers=2)), CPU, table(), BOS, cfg, modules, **(changes or {}))
+    model = filled_model(tiny_shape(vocab_size=VOCAB, num_layers=2))
+    return audit_subject.Subject(model, CPU, table(), BOS, cfg, modules, **(changes or {}))
 
 
 def broken_rules(subject: audit_subject.Subject, *asked: str) -> dict[str, str]:
     """Each rule about scores, or of those asked for, that does not hold -> what was wrong."""
     looked = audit.Audit(subject, text())
-    verdicts = [audit.judge(rule, check(looked)) for rule, check in audit.SCORE_RULES.items() if rule in (asked or [rule])]
-    return {v.rule: "\n".join(fault for finding in v.findings for fault in finding.faults) for v in verdicts if not v.holds}
+    verdicts = [audit.judge(rule, audit.SCORE_RULES[rule](looked)) for rule in asked or audit.SCORE_RULES]
+    return {v.rule: "\n".join(fault for finding in v.findings for fault in finding.faults)
+            for v in verdicts if not v.holds}
 
 
 @pytest.mark.parametrize("knobs", [{}, {"eval_doc_isolated": True}, {"eval_stride": 24}, {"eval_seq_len": 30}])
@@ -317,9 +330,10 @@ def test_a_double_counted_tail_breaks_once(module: Any, changes: dict[str, Any],
 
 # --- order: traces ------------------------------------------------------------------------------------------------------
 
-GOOD = [Event("reset", 0, 0, "a"), Event("score", 1, 8, "a"), Event("update", 1, 8, "b"), Event("score", 9, 10, "b"),
-        Event("reset", 0, 0, "a", 1), Event("score", 11, 16, "a", 1), Event("update", 11, 16, "c", 1),
-        Event("score", 17, 20, "c", 1), Event("reset", 0, 0, "a"), Event("score", 21, 24, "a")]
+GOOD = [Event("reset", 0, 1, 1, "a"), Event("score", 0, 1, 9, "a"), Event("update", 0, 1, 9, "b"),
+        Event("score", 0, 9, 11, "b"), Event("reset", 10, 11, 11, "a"), Event("score", 10, 11, 17, "a"),
+        Event("update", 10, 11, 17, "c"), Event("score", 10, 17, 21, "c"), Event("reset", 0, 1, 1, "a"),
+        Event("score", 0, 21, 25, "a")]
 
 
 def test_a_trace_of_two_states_side_by_side_holds() -> None:
@@ -329,14 +343,14 @@ def test_a_trace_of_two_states_side_by_side_holds() -> None:
 
 
 @pytest.mark.parametrize(("at", "event", "fault"), [
-    (2, Event("update", 1, 9, "b"), "update of targets 1 .. 9: target 9 had not been scored"),
-    (3, Event("score", 9, 10, "a"), "score of targets 9 .. 10: with state a, the last update or reset had left b"),
-    (3, Event("score", 8, 10, "b"), "score of targets 8 .. 10: by a state that had learned from target 8"),
-    (3, Event("score", 9, 9, "b"), "target 10 was scored 0 times, 1 targets not once"),
-    (4, Event("reset", 0, 0, "z", 1), "a reset left state z, the first one was a"),
-    (4, Event("update", 1, 8, "a", 1), "update of targets 1 .. 8: no reset came before it"),
-    (9, Event("score", 21, 25, "a"), "score of targets 21 .. 25: there are targets 1 .. 24"),
-    (9, Event("peek", 21, 24, "a"), "peek of targets 21 .. 24: events are score, update, reset"),
+    (2, Event("update", 0, 1, 10, "b"), "update of targets 1 .. 9: target 9 had not been scored"),
+    (3, Event("score", 0, 9, 11, "a"), "score of targets 9 .. 10: with state a, the last update or reset had left b"),
+    (3, Event("score", 0, 8, 11, "b"), "score of targets 8 .. 10: by a state that had learned from target 8"),
+    (3, Event("score", 0, 9, 10, "b"), "target 10 was scored 0 times, 1 targets not once"),
+    (4, Event("reset", 10, 11, 11, "z"), "a reset left state z, the first one was a"),
+    (4, Event("update", 10, 1, 9, "a"), "update of targets 1 .. 8: no reset of stretch 10 came before it"),
+    (9, Event("score", 0, 21, 26, "a"), "score of targets 21 .. 25: events are score, update and reset of targets 1 .. 24"),
+    (9, Event("peek", 0, 21, 25, "a"), "peek of targets 21 .. 24: events are score, update and reset of targets 1 .. 24"),
 ])
 def test_each_break_of_the_order_is_named(at: int, event: Event, fault: str) -> None:
     assert fault in audit_rules.check_order("lora", [*GOOD[:at], event, *GOOD[at + 1:]], 24).faults
