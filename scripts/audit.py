@@ -46,7 +46,15 @@ import numpy as np  # noqa: E402  (the repository's root is not on the path befo
 import audit_rules as rules  # noqa: E402
 import export_verbs  # noqa: E402
 import hygiene  # noqa: E402
-from audit_process import PRINTED_TOLERANCE, check_opened, check_printed, eval_command, printed_results, run_watched  # noqa: E402
+from audit_process import (  # noqa: E402
+    PRINTED_TOLERANCE,
+    Watched,
+    check_opened,
+    check_printed,
+    eval_command,
+    printed_results,
+    run_watched,
+)
 from audit_rules import Event, Finding  # noqa: E402
 from audit_subject import (  # noqa: E402
     PLAIN,
@@ -83,11 +91,12 @@ class Verdict:
         return [head + texts[0]] + [" " * len(head) + text for text in texts[1:]]
 
 
-def judge(rule: str, check: Iterable[Finding]) -> Verdict:
+def judge(rule: str, check: Callable[[], Iterable[Finding]]) -> Verdict:
     """A rule that cannot be checked does not hold."""
     t0, findings = time.perf_counter(), list[Finding]()
     try:
-        findings += check
+        for finding in check():
+            findings.append(finding)
     except Exception as fault:      # whatever an evaluator may raise on a text that it must be able to score
         text = " ".join(f"{type(fault).__name__}: {fault}".split())
         findings.append(Finding("could not be checked to its end", faults=[text]))
@@ -255,29 +264,33 @@ def audit_all(args: argparse.Namespace, subject: Subject, tok: Tokenizer, val: n
     print(f"audit of {args.file}: {subject.rt.describe()} scores of {', '.join(['plain', *subject.cfg.modes]).lower()}")
     print(f"scores are audited on tokens {begin} .. {end - 1} of {val.size}, {documents} documents, seed {args.seed}",
           flush=True)
-    paths = sorted(Path(args.data).glob("fineweb_val_*.bin"))
-    with tempfile.TemporaryDirectory(prefix="audit_") as name:
-        folder = Path(name).resolve()
+    watched: list[Watched] = []
+
+    def contained() -> Iterator[Finding]:
+        paths = sorted(Path(args.data).glob("fineweb_val_*.bin"))
         arguments = ["--device", args.device, "--max-tokens", str(size - 1), *args.knobs]
-        command = eval_command(args.file, paths, args.tokenizer, arguments, folder)
-        watched = run_watched(command, folder)
-        contained = judge("self-containment", check_opened(watched, [args.file, args.tokenizer, *paths]))
+        with tempfile.TemporaryDirectory(prefix="audit_") as name:
+            folder = Path(name).resolve()
+            watched.append(run_watched(eval_command(args.file, paths, args.tokenizer, arguments, folder), folder))
+            yield from check_opened(watched[0], [args.file, args.tokenizer, *paths])
+
+    containment = judge("self-containment", contained)
     audit = Audit(subject, tokens, args.probes, args.seed)
 
     def once() -> Iterator[Finding]:
         yield from audit.once()
         if subject.modules:
             yield rules.check_windows(subject.evaluation(val).windows, val.size)
-        first = np.array(val[:size])
-        yield check_printed(printed_results(watched.out), subject.evaluate(first), subject.evaluation(first).bytes)
+        first, out = np.array(val[:size]), "".join(one.out for one in watched)
+        yield check_printed(printed_results(out), subject.evaluate(first), subject.evaluation(first).bytes)
 
-    yield judge("causality", audit.causality())
-    yield judge("normalisation", audit.normalisation())
-    yield judge("order", audit.order())
-    yield judge("bytes", rules.check_bytes(lambda text: subject.evaluation(text).bytes, val, tok))
-    yield judge("once", once())
-    yield judge("hygiene", check_hygiene(val, args.data, subject.bos_id, args.allow_duplicates))
-    yield contained
+    yield judge("causality", audit.causality)
+    yield judge("normalisation", audit.normalisation)
+    yield judge("order", audit.order)
+    yield judge("bytes", lambda: rules.check_bytes(lambda text: subject.evaluation(text).bytes, val, tok))
+    yield judge("once", once)
+    yield judge("hygiene", lambda: check_hygiene(val, args.data, subject.bos_id, args.allow_duplicates))
+    yield containment
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -106,26 +106,36 @@ def sieve_of(wanted: np.ndarray) -> np.ndarray:
     return sieve
 
 
+def fingerprints(hashes: Hashes, tokens: np.ndarray, bos_id: int, piece_tokens: int
+                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the documents of a split: the hash of each; those of all their n-grams, and the number of the document of each."""
+    whole, grams, document, before = [], [], [], 0
+    for piece, starts in pieces([tokens], bos_id, piece_tokens):
+        sums, (places, number) = hashes.sums(piece), grams_of(starts, piece.size)
+        whole.append(hashes.stretches(sums, starts, np.append(starts[1:], piece.size)))
+        grams.append(hashes.stretches(sums, places, places + GRAM))
+        document.append(before + number)
+        before += starts.size
+    return np.concatenate(whole), np.concatenate(grams), np.concatenate(document)
+
+
 def find_overlap(val: np.ndarray, shards: Sequence[np.ndarray], bos_id: int, piece_tokens: int = PIECE_TOKENS,
                  told: Callable[[int], object] = lambda _tokens: None) -> Overlap:
     """Looks the documents of `val` (N,) up in the shards; `told` hears how many of their tokens were read."""
-    hashes, val = Hashes(piece_tokens + val.size), np.asarray(val)
-    sums, starts = hashes.sums(val), np.flatnonzero(val == bos_id)
-    whole = hashes.stretches(sums, starts, np.append(starts[1:], val.size))
-    places, document = grams_of(starts, val.size)
-    grams, which = np.unique(hashes.stretches(sums, places, places + GRAM), return_inverse=True)
-    found, equal, sieve = np.zeros(grams.size, dtype=np.bool_), np.zeros(starts.size, dtype=np.bool_), sieve_of(grams)
-    del sums
+    hashes = Hashes(piece_tokens)
+    whole, every, document = fingerprints(hashes, val, bos_id, piece_tokens)
+    grams, which = np.unique(every, return_inverse=True)
+    found, equal, sieve = np.zeros(grams.size, dtype=np.bool_), np.zeros(whole.size, dtype=np.bool_), sieve_of(grams)
     train_documents = train_tokens = 0
-    for tokens, begins in pieces(shards, bos_id, piece_tokens):
+    for tokens, starts in pieces(shards, bos_id, piece_tokens):
         sums = hashes.sums(tokens)
         if grams.size:
             found[members(hashes.everywhere(sums), grams, sieve)] = True
-        equal |= np.isin(whole, hashes.stretches(sums, begins, np.append(begins[1:], tokens.size)))
-        train_documents, train_tokens = train_documents + begins.size, train_tokens + tokens.size
+        equal |= np.isin(whole, hashes.stretches(sums, starts, np.append(starts[1:], tokens.size)))
+        train_documents, train_tokens = train_documents + starts.size, train_tokens + tokens.size
         told(train_tokens)
-    count, hits = (np.bincount(document, weights, minlength=starts.size) for weights in (None, found[which].astype(float)))
+    count, hits = (np.bincount(document, weights, whole.size) for weights in (None, found[which].astype(float)))
     long = count >= LEAST_GRAMS
     held = equal | (long & (hits >= HELD_SHARE * count))
-    return Overlap(starts.size, tuple(np.flatnonzero(equal).tolist()), tuple(np.flatnonzero(held).tolist()),
-                   int((long & (hits >= count / 2)).sum()), document.size, int(hits.sum()), train_documents, train_tokens)
+    return Overlap(whole.size, tuple(np.flatnonzero(equal).tolist()), tuple(np.flatnonzero(held).tolist()),
+                   int((long & (hits >= count / 2)).sum()), every.size, int(hits.sum()), train_documents, train_tokens)
