@@ -209,7 +209,7 @@ def check_some_tokens(evaluate: Evaluate, given: Mapping[str, Tensor | None], te
         ids = np.unique(np.concatenate((np.argsort(-last)[:count // 2],
                                         np.random.default_rng(seed).integers(0, last.size, count // 2))))
         for token, p in zip(ids, substitute(evaluate, text, ids.tolist()).get(name, ()), strict=False):
-            off = abs(math.log(p) - last[token]) if p > 0 else math.inf
+            off = abs(math.log(p) - float(last[token])) if p > 0 else math.inf
             finding.count += 1
             finding.worst = max(finding.worst, off)
             if not off <= tolerance:

@@ -472,7 +472,8 @@ def test_a_rank_that_fails_or_leaves_early_ends_the_others() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory, tiny_data: TinyData) -> Path:
-    shape, path = tiny_shape(vocab_size=tiny_data.vocab_size, rope_dtype="float32"), tmp_path_factory.mktemp("run") / "a.ptz"
+    shape = tiny_shape(vocab_size=tiny_data.vocab_size, num_layers=2, rope_dtype="float32")
+    path = tmp_path_factory.mktemp("run") / "a.ptz"
     meta = {"model": asdict(shape), "train_seq_len": 32, "tokenizer_sha256": Tokenizer(tiny_data.tokenizer).sha256}
     path.write_bytes(encode_artifact(filled_model(shape).state_dict(), meta, ExportOptions()).data)
     return path
