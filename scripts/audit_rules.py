@@ -270,6 +270,8 @@ def check_order(name: str, events: Iterable[Event], targets: int) -> Finding:
         else:
             faults = follow(event, states[event.stretch], scored)
             finding.faults += [f"{said}: {text}" for text in faults]
+    if not any(state.learned for state in states.values()):
+        finding.fault("nothing was learned of so short a text, so nothing is proven: --tokens must be more than a chunk")
     wrong = np.flatnonzero(scored[1:-1] != 1) + 1
     if wrong.size:
         finding.fault(f"target {wrong[0]} was scored {scored[wrong[0]]} times, {wrong.size} targets not once")
