@@ -36,8 +36,8 @@ def naive(ev: scoring.Evaluation, rows: int) -> np.ndarray:
     found = np.full(last, np.nan, np.float32)
     ends = [*range(min(ev.length, last), last, stride), last]       # the last target of each window
     for at in range(0, len(ends), rows):
-        begins = np.maximum(0, np.array(ends[at:at + rows]) - ev.length)
-        places = begins[:, None] + np.arange(min(ev.length, last))
+        begins = stride * np.arange(at, at + len(ends[at:at + rows]))
+        places = np.minimum(begins[:, None] + np.arange(min(ev.length, last)), last - 1)
         x, y = (torch.from_numpy(ev.tokens[p].astype(np.int64)).to(ev.rt.device) for p in (places, places + 1))
         with torch.inference_mode(), ev.rt.autocast():
             nats = forward(x, y, reduction="none").float().cpu().numpy()

@@ -54,7 +54,7 @@ def slow_layout(tokens: int, length: int, stride: int, starts: list[int]) -> Beg
             upto = min(scored + new, z)
             for target in range(scored + 1, upto + 1):
                 assert target not in begins
-                begins[target] = max(a, upto - length)
+                begins[target] = max(a, scored + new - length)
             scored = upto
     return begins
 
