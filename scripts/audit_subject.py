@@ -149,15 +149,15 @@ def watch_passes(ev: scoring.Evaluation) -> dict[str, np.ndarray]:
     counts: dict[str, np.ndarray] = {}
     score_windows, run_batch, running = ev.score_windows, ev.run_batch, [""]
 
-    def score(name: str, windows: np.ndarray) -> np.ndarray:
+    def score(name: str, *settings: Any) -> np.ndarray:
         running[0] = name
         counts.setdefault(name, np.zeros(ev.tokens.size, dtype=np.int64))
-        return score_windows(name, windows)
+        return score_windows(name, *settings)
 
-    def run(batch: scoring.Batch, nats_of: Callable[..., Tensor]) -> Tensor:
+    def run(batch: scoring.Batch, values_of: Callable[..., Tensor]) -> Tensor:
         if running[0] in counts:
             np.add.at(counts[running[0]], batch.targets[batch.scored], 1)
-        return run_batch(batch, nats_of)
+        return run_batch(batch, values_of)
 
     setattr(ev, "score_windows", score)     # noqa: B010  (a method of this one object)
     setattr(ev, "run_batch", run)           # noqa: B010

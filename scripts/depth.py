@@ -114,7 +114,7 @@ def score(ev: Evaluation) -> Iterator[Score]:
     """The model with its turns, by the windows of the knobs; and with the sidecar, where that is asked for too."""
     t0 = time.perf_counter()
     deeper, forward = deep(ev)
-    nats, turns = deeper.score_windows("depth", deeper.windows, forward.nats_and_turns, values=2)
+    nats, turns = deeper.score_windows("depth", deeper.windows, forward.nats_and_turns, 2)
     report = {"stride": ev.cfg.eval_stride or ev.length, "seq_len": ev.length, **compute_report(forward, turns)}
     found = Score("depth", nats, time.perf_counter() - t0, report)
     yield found
