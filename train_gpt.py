@@ -73,7 +73,9 @@ TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_s
          "compression_rank1_reg_weight", "ternary_reg_weight", "outlier_reg_weight", "rate_reg_weight",
          "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
 # Knobs that ask for more than the plain score -> the module of scripts/ whose `score` gives it.
-MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring"}
+MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring",
+         **dict.fromkeys(("ttt_mode", "ttt_rank", "ttt_lr", "ttt_chunk", "ttt_epochs", "ttt_optimizer", "ttt_reset",
+                          "ttt_max_seconds"), "ttt")}
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
 
 
@@ -180,6 +182,14 @@ class Config(ExportOptions, ModelShape):
     sw_eval_batch: int = knob(
         0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
         free=True)
+    ttt_mode: str = knob("off", "Evaluation", "score while learning from what was scored", choices=("off", "lora", "sgd"), free=True)
+    ttt_rank: int = knob(8, "Evaluation", "lora: rank", free=True, low=1)
+    ttt_lr: float = knob(0.001, "Evaluation", "learning rate there", free=True)
+    ttt_chunk: int = knob(64, "Evaluation", "chunk", free=True, low=1)
+    ttt_epochs: int = knob(1, "Evaluation", "epochs", free=True, low=1)
+    ttt_optimizer: str = knob("adam", "Evaluation", "opt", choices=("adam", "sgd"), free=True)
+    ttt_reset: str = knob("auto", "Evaluation", "reset", choices=("auto", "doc", "never"), free=True)
+    ttt_max_seconds: float = knob(0.0, "Evaluation", "sec", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(
@@ -342,7 +352,8 @@ class Config(ExportOptions, ModelShape):
         found += self.objective_problems()
         if self.modes:
             with contextlib.suppress(ExportRefused):        # a missing module is export_problems' to report
-                found += tool("scoring").problems(self)
+                modules = [tool(name) for name in dict.fromkeys(("scoring", *self.modes.values()))]
+                found += [problem for module in modules for problem in module.problems(self)]
         if self.adam_eps <= 0:
             found.append(f"ADAM_EPS must be above 0, got {self.adam_eps}")
         if self.run_id != Path(self.run_id).name or self.run_id in (".", ".."):

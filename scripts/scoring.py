@@ -69,17 +69,23 @@ def problems(cfg: Config) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def stretches(tokens: int, starts: np.ndarray | Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """(position of the first token, number of targets) of each stretch of text, (S,) int64 each. `starts` are the positions
+    of the BOS tokens: a stretch begins with one and ends with the next as a target, so the end of a document is predicted
+    from that document, as in the challenge, and every token but the first of the text is scored.
+    """
+    begins = np.unique(np.concatenate(([0], np.asarray(starts, dtype=np.int64))))
+    targets = np.append(begins[1:], tokens - 1) - begins
+    return begins[targets > 0], targets[targets > 0]
+
+
 def layout(tokens: int, length: int, stride: int, starts: np.ndarray | Sequence[int] = ()) -> np.ndarray:
     """Windows, (W, 3) int64 in the order of the text, that score each target 1 .. tokens - 1 exactly once.
 
     No window has more than `length` inputs, and each scored target has at least length - stride + 1 of them before it,
-    where its stretch of text has them. `starts` (document isolation) are the positions of the BOS tokens: a stretch begins
-    with one and ends with the next as a target, so the end of a document is predicted from that document, as in the
-    challenge, and every token but the first of the text is scored, with or without isolation.
+    where its stretch of text (`starts`: document isolation) has them.
     """
-    begins = np.unique(np.concatenate(([0], np.asarray(starts, dtype=np.int64))))
-    targets = np.append(begins[1:], tokens - 1) - begins                        # of each stretch
-    begins, targets = begins[targets > 0], targets[targets > 0]
+    begins, targets = stretches(tokens, starts)
     count = 1 + -(-np.maximum(targets - length, 0) // stride)                   # windows of each stretch
     begin, targets = np.repeat(begins, count), np.repeat(targets, count)
     k = np.arange(begin.size) - np.repeat(np.cumsum(count) - count, count)
@@ -98,8 +104,8 @@ class Batch:
     @cached_property
     def targets(self) -> np.ndarray:
         """Which target each place of the pass predicts, (rows, last or length); it may lie beyond the text."""
-        first = self.windows[:, 2:] - self.last if self.last else self.windows[:, :1] + 1
-        return first + np.arange(self.last or self.length)
+        head = self.length - self.last if self.last else 0
+        return self.windows[:, :1] + 1 + np.arange(head, self.length)
 
     @cached_property
     def step(self) -> int:
@@ -124,25 +130,25 @@ def batches(windows: np.ndarray, budget_tokens: int, granule: int = 1, full: boo
     """The passes that these windows take, whatever the number of ranks.
 
     Windows that score all their targets open a stretch and differ in length: the longest come first, so that few places are
-    padding. The others are all as long as can be and score some of their last places. `granule` rounds lengths up and `full`
-    adds rows that score nothing to batches that would have fewer: compiled graphs are then few.
+    padding. The others score some of their last places. `granule` rounds lengths up and `full` adds rows that score nothing
+    to batches that would have fewer: compiled graphs are then few.
     """
-    lengths, scored = windows[:, 2] - windows[:, 0] - 1, windows[:, 2] - windows[:, 1]
+    lengths, heads = windows[:, 2] - windows[:, 0] - 1, windows[:, 1] - windows[:, 0] - 1
     longest, found = int(lengths.max()), list[Batch]()
 
-    def cut(group: np.ndarray, last: int) -> None:
+    def cut(group: np.ndarray) -> None:
+        group = group[np.argsort(-lengths[group], kind="stable")]
+        head = int(heads[group].min(initial=longest))           # places before the first that any of them scores
         while group.size:
             length = min(-(-int(lengths[group[0]]) // granule) * granule, longest)
             rows = max(1, budget_tokens // length)
             mine, group = group[:rows], group[rows:]
             block = windows[np.resize(mine, rows) if full else mine]
             block[mine.size:, 1] = block[mine.size:, 2]
-            found.append(Batch(block, length, last))
+            found.append(Batch(block, length, (length - head) % length))
 
-    opening = np.flatnonzero(scored == lengths)
-    cut(opening[np.argsort(-lengths[opening], kind="stable")], 0)
-    going_on = np.flatnonzero(scored < lengths)
-    cut(going_on, int(scored[going_on].max(initial=0)))
+    cut(np.flatnonzero(heads == 0))
+    cut(np.flatnonzero(heads > 0))
     return found
 
 
