@@ -182,14 +182,17 @@ class Config(ExportOptions, ModelShape):
     sw_eval_batch: int = knob(
         0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
         free=True)
-    ttt_mode: str = knob("off", "Evaluation", "score while learning from what was scored", choices=("off", "lora", "sgd"), free=True)
-    ttt_rank: int = knob(8, "Evaluation", "lora: rank", free=True, low=1)
-    ttt_lr: float = knob(0.001, "Evaluation", "learning rate there", free=True)
-    ttt_chunk: int = knob(64, "Evaluation", "chunk", free=True, low=1)
-    ttt_epochs: int = knob(1, "Evaluation", "epochs", free=True, low=1)
-    ttt_optimizer: str = knob("adam", "Evaluation", "opt", choices=("adam", "sgd"), free=True)
-    ttt_reset: str = knob("auto", "Evaluation", "reset", choices=("auto", "doc", "never"), free=True)
-    ttt_max_seconds: float = knob(0.0, "Evaluation", "sec", free=True)
+    ttt_mode: str = knob(
+        "off", "Evaluation", "score also while learning from what was scored: lora = adapters for each document, sgd = all"
+        " weights", choices=("off", "lora", "sgd"), free=True)
+    ttt_lr: float = knob(-1.0, "Evaluation", "its rate; below 0 = 0.003, 0.0003 for all weights by adam", free=True, low=-1)
+    ttt_chunk: int = knob(0, "Evaluation", "targets scored before each update; 0 = 64 for lora, 32,768 for sgd", free=True)
+    ttt_epochs: int = knob(1, "Evaluation", "updates by each chunk, once it is scored", free=True, low=1)
+    ttt_rank: int = knob(8, "Evaluation", "rank of lora's adapters", free=True, low=1)
+    ttt_optimizer: str = knob("adam", "Evaluation", "sgd has momentum 0.9", choices=("adam", "sgd"), free=True)
+    ttt_reset: str = knob("auto", "Evaluation", "what was learned is forgotten at each BOS, or never; auto = doc for lora,"
+                          " else never", choices=("auto", "doc", "never"), free=True)
+    ttt_max_seconds: float = knob(0.0, "Evaluation", "seconds after which it only scores; 0 = no limit", free=True)
     train_log_every: int = knob(200, "Evaluation", "steps between train_loss lines after the first ten; 0 = none", free=True)
 
     checkpoint_every: int = knob(

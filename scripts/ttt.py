@@ -13,16 +13,16 @@ TTT_EPOCHS steps follow down the gradient of its mean cross-entropy; a stretch's
     sgd    all weights. With TTT_RESET=never they learn along the whole text: all ranks walk through it together, split the
            windows of a chunk, and add the gradients of its parts in one order; with doc they start anew at each document.
 
-With TTT_RESET=doc (lora's only way) a document is a text of its own: its targets are those from its first token's successor to
-the BOS that ends it, nothing before it is context, and weights and moments begin at the same bits for each. With never the
-context reaches back over documents unless EVAL_DOC_ISOLATED is set. The windows of a chunk end with the targets that they
-score and reach back EVAL_SEQ_LEN inputs (0: TRAIN_SEQ_LEN) where the text has them. They advance by EVAL_STRIDE, if that is
-less than the chunk, so that each target has at least EVAL_SEQ_LEN - min(EVAL_STRIDE, TTT_CHUNK) tokens of context: without
-learning the scores are those of EVAL_STRIDE=TTT_CHUNK. Learning takes the fewest windows that hold the chunk's targets.
+With TTT_RESET=doc (lora's only way) a document is a text of its own: nothing before it is context, its last target is the
+BOS that ends it, and weights and moments begin at the same bits for each. With never the context reaches back over
+documents, unless EVAL_DOC_ISOLATED is set. A window ends with the last target that it scores and has EVAL_SEQ_LEN inputs (0:
+TRAIN_SEQ_LEN) where the text has them. It scores a whole chunk, or EVAL_STRIDE (0: EVAL_SEQ_LEN) of its targets where that
+is less: without learning the scores are those of windows with that stride (where it divides EVAL_SEQ_LEN, to the window).
+Updates take the fewest windows that hold the chunk.
 
 The model itself is never written to. The same bits come out for any number of ranks, and again on the same machine; with
-TTT_MAX_SECONDS they depend on its pace. Passes run uncompiled. An interrupted evaluation goes on behind its finished sections
-with TTT_RESET=doc and no TTT_MAX_SECONDS, else from the start: what has been learned is not kept.
+TTT_MAX_SECONDS they depend on its pace. Passes are not compiled. An interrupted evaluation goes on behind its finished
+sections with TTT_RESET=doc and no TTT_MAX_SECONDS, else from the start: what was learned is not kept.
 """
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ PIECE_TOKENS = 4096         # of one pass under sgd, whose gradients are added u
 BETAS = 0.9, 0.95           # of adam
 MOMENTUM = 0.9              # of sgd
 SEED = 0                    # of the adapters' random half
+
+
+def chunk_size(cfg: Config) -> int:
+    return cfg.ttt_chunk or {"lora": 64, "sgd": 32_768}[cfg.ttt_mode]
+
+
+def learning_rate(cfg: Config) -> float:
+    own = 0.0003 if (cfg.ttt_mode, cfg.ttt_optimizer) == ("sgd", "adam") else 0.003
+    return own if cfg.ttt_lr < 0 else cfg.ttt_lr
 
 
 def problems(cfg: Config) -> list[str]:
@@ -87,7 +96,7 @@ class Learner:
 
     def reset(self, rows: int) -> None:
         self.tensors = {name: t.detach().clone().requires_grad_() for name, t in self.fresh(rows)}
-        held, lr = list(self.tensors.values()), self.cfg.ttt_lr
+        held, lr = list(self.tensors.values()), learning_rate(self.cfg)
         adam = self.cfg.ttt_optimizer == "adam"
         self.optimizer = torch.optim.Adam(held, lr, BETAS) if adam else torch.optim.SGD(held, lr, MOMENTUM)
 
@@ -223,7 +232,7 @@ class Adaptation:
 
     def __init__(self, ev: Evaluation, trace: Callable[[Event], None] | None = None):
         cfg, begins = ev.cfg, np.flatnonzero(ev.tokens == ev.bos_id)
-        self.ev, self.cfg, self.trace, self.size = ev, cfg, trace, cfg.ttt_chunk
+        self.ev, self.cfg, self.trace, self.size = ev, cfg, trace, chunk_size(cfg)
         self.learner = (Adapters if cfg.ttt_mode == "lora" else Weights)(ev.model, cfg)
         self.resets = {"auto": cfg.ttt_mode == "lora"}.get(cfg.ttt_reset, cfg.ttt_reset == "doc")
         self.begins, self.targets = stretches(ev.tokens.size, begins if self.resets else ())
@@ -357,7 +366,7 @@ def report(work: Adaptation, nats: np.ndarray) -> dict[str, str | int | float]:
         work.ev.log(f"ttt: TTT_MAX_SECONDS={cfg.ttt_max_seconds:g} ended the learning after {scored} of {nats.size} targets;"
                     " the others were scored by what had been learned of their text until then")
     if not np.isfinite(nats).all():
-        work.ev.log(f"warning: ttt: scores are not finite; TTT_LR={cfg.ttt_lr:g} is too high")
+        work.ev.log(f"warning: ttt: scores are not finite; TTT_LR={learning_rate(cfg):g} is too high")
     return {"mode": cfg.ttt_mode, "updates": updates, "adapted_tokens": learned,
             "learning_share": round(scored / nats.size, 4)}
 

@@ -311,7 +311,7 @@ def knobs_read(*sources: str) -> set[str]:
 def test_every_knob_is_read_by_the_program() -> None:
     trainer, *exporters = ((ROOT / name).read_text(encoding="utf-8") for name in (
         "train_gpt.py", "export.py", "scripts/int8_plan.py", "scripts/symmetries.py", "scripts/numuon.py",
-        "scripts/objective.py", "scripts/scoring.py"))
+        "scripts/objective.py", "scripts/scoring.py", "scripts/ttt.py"))
     knobs = {f.name for f in fields(Config)}
     assert knobs - knobs_read(trainer, *exporters) == set()
     silenced = trainer.replace(".grad_clip_norm", ".seed").replace("self.num_unique_blocks or", "")
