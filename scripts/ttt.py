@@ -168,7 +168,10 @@ class Adapters(Learner):
     def beside(self) -> Iterator[None]:
         """The blocks' matrices with their adapters."""
         def watch(name: str, matrix: nn.Module) -> torch.utils.hooks.RemovableHandle:
-            return matrix.register_forward_hook(lambda _module, inputs, output: output + self.added(name, inputs[0]))
+            def add(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+                return output + self.added(name, inputs[0])
+
+            return matrix.register_forward_hook(add)
 
         handles = [watch(name, matrix) for name, matrix in self.matrices.items()]
         try:

@@ -200,7 +200,7 @@ def test_near_miss_of_a_knob_is_refused_with_a_suggestion(name: str, near: str) 
 
 
 @pytest.mark.parametrize("name", [
-    "TRAIN_TOKENS", "VAL_SOMETHING", "MUON_NESTEROV_OFF", "TTT_LR", "RATE_REG_LAMBDA", "NOISE_QAT_START",
+    "TRAIN_TOKENS", "VAL_SOMETHING", "MUON_NESTEROV_OFF", "TTT_STEPS", "RATE_REG_LAMBDA", "NOISE_QAT_START",
     "CONTROL_TENSOR_NAME_PATTERNS", "EXPORT_MODE",
 ])
 def test_unknown_name_of_a_knobs_family_is_refused(name: str) -> None:

@@ -18,19 +18,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VARIANTS, TinyData, filled_model, tiny_knobs, tiny_shape
+from conftest import CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, tiny_knobs, tiny_shape
 from test_scoring import BOS, evaluation, lines_of, text
 from torch import Tensor
 
 import export
 import train_gpt
-from train_gpt import GPT, CastedLinear
+from train_gpt import GPT, CastedLinear, build_model
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -145,6 +146,15 @@ def test_scores_of_other_networks_are_those_of_the_plain_loop(variant: str) -> N
 def test_a_rate_of_zero_gives_the_scores_of_windows_with_that_stride(knobs: dict[str, Any], model: GPT) -> None:
     own = evaluation(model, eval_stride=12, eval_doc_isolated=knobs is not SGD).own.nats
     assert np.abs(nats_of(model, knobs | {"ttt_lr": 0.0}) - own).max() < 2e-5
+
+
+@pytest.mark.parametrize("knobs", MODES)
+def test_bfloat16_passes_learn_what_float32_passes_learn(knobs: dict[str, Any], model: GPT) -> None:
+    half = build_model(tiny_shape(num_layers=2), CPU_BF16, 32)
+    fill(half)
+    found, wanted = ttt.adapt(replace(evaluation(half, **knobs), rt=CPU_BF16)).nats, nats_of(model, knobs)
+    learned = np.abs(wanted - nats_of(model, knobs | {"ttt_lr": 0.0})).mean()
+    assert np.abs(found - wanted).mean() < 0.2 * learned
 
 
 def test_rates_and_chunks_of_their_own(model: GPT) -> None:
