@@ -349,7 +349,8 @@ def adapt(ev: Evaluation, trace: Callable[[Event], None] | None = None) -> Score
     def section(number: int) -> np.ndarray:
         for i in parts[number][rt.rank::rt.world_size] if work.resets else parts[number]:
             work.run(units[i])
-        return rt.reduce(torch.from_numpy(work.nats[places[number]]).to(rt.device)).cpu().numpy()
+        # A copy that PyTorch owns: a thread of the process group may be the last to drop it, without Python's lock.
+        return rt.reduce(torch.tensor(work.nats[places[number]], device=rt.device)).cpu().numpy()
 
     whole = trace is not None or ev.cfg.ttt_max_seconds > 0 or not work.resets
     nats = np.empty_like(work.nats)
@@ -362,7 +363,7 @@ def adapt(ev: Evaluation, trace: Callable[[Event], None] | None = None) -> Score
 def report(work: Adaptation, nats: np.ndarray) -> dict[str, str | int | float]:
     """What it took, and after what share of the targets time was up (1: never)."""
     cfg, chunks = work.cfg, -(-work.targets // work.size) - 1       # those of each stretch that are learned from
-    lost = torch.from_numpy(work.lost).to(work.ev.rt.device)
+    lost = torch.tensor(work.lost, device=work.ev.rt.device)
     updates, learned, scored = (np.array([cfg.ttt_epochs * chunks.sum(), work.size * chunks.sum(), nats.size])
                                 - (work.ev.rt.reduce(lost) if work.resets else lost).cpu().numpy()).tolist()
     if scored < nats.size:

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, tiny_knobs, tiny_shape
+from conftest import CPU, CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, run_two_ranks, tiny_knobs, tiny_shape
 
 import export
 import train_gpt
@@ -278,15 +277,7 @@ rt.stop()
 
 
 def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(ROOT)], env=env | {"RANK": str(rank)},
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    run_two_ranks(WORKER, tmp_path)
     for isolated in (False, True):
         alone = evaluation(filled_model(tiny_shape()), eval_stride=6, eval_doc_isolated=isolated, sw_eval_batch=2).own.nats
         for rank in range(2):

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -25,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, tiny_knobs, tiny_shape
+from conftest import CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, run_two_ranks, tiny_knobs, tiny_shape
 from test_scoring import BOS, evaluation, lines_of, text
 from torch import Tensor
 
@@ -307,15 +304,7 @@ rt.stop()
 
 
 def test_two_ranks_give_the_bits_of_one(tmp_path: Path, model: GPT) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(ROOT)], env=env | {"RANK": str(rank)},
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=240)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    run_two_ranks(WORKER, tmp_path)
     for number, knobs in enumerate(RANKED):
         alone = nats_of(model, knobs)
         for rank in range(2):
