@@ -74,6 +74,8 @@ TERMS = ("compression_reg_weight", "compression_grid_reg_weight", "compression_s
          "noise_qat_step_sigmas", "finish_steps")      # knobs that bring scripts/objective.py into the training
 # Knobs that ask for more than the plain score -> the module of scripts/ whose `score` gives it.
 MODES = {"eval_stride": "scoring", "eval_seq_len": "scoring", "eval_doc_isolated": "scoring", "sw_eval_batch": "scoring",
+         **dict.fromkeys(("ttt_mode", "ttt_rank", "ttt_lr", "ttt_chunk", "ttt_epochs", "ttt_optimizer", "ttt_reset",
+                          "ttt_max_seconds"), "ttt"),
          "eval_depth_loops": "depth", "eval_halt_threshold": "depth", **dict.fromkeys(("eval_mix_learn", "eval_ngram_order",
          "eval_cache_mix_weight", "eval_bigram_mix_weight", "eval_cache_size", "eval_sidecar_scope"), "sidecar_mode")}
 SPANS_PER_STEP = 8  # the challenge cuts a step's tokens into 8 spans of tokens/8 + 1, one a GPU on its 8xH100
@@ -182,6 +184,17 @@ class Config(ExportOptions, ModelShape):
     sw_eval_batch: int = knob(
         0, "Evaluation", "windows a forward pass there; 0 = as many as hold 8,192 tokens on a CPU, 65,536 elsewhere",
         free=True)
+    ttt_mode: str = knob(
+        "off", "Evaluation", "score also while learning from what was scored: lora = adapters for each document, sgd = all"
+        " weights", choices=("off", "lora", "sgd"), free=True)
+    ttt_lr: float = knob(-1.0, "Evaluation", "its rate; below 0 = 0.003, 0.0003 for all weights by adam", free=True, low=-1)
+    ttt_chunk: int = knob(0, "Evaluation", "targets scored before each update; 0 = 64 for lora, 32,768 for sgd", free=True)
+    ttt_epochs: int = knob(1, "Evaluation", "updates by each chunk, once it is scored", free=True, low=1)
+    ttt_rank: int = knob(8, "Evaluation", "rank of lora's adapters", free=True, low=1)
+    ttt_optimizer: str = knob("adam", "Evaluation", "sgd has momentum 0.9", choices=("adam", "sgd"), free=True)
+    ttt_reset: str = knob("auto", "Evaluation", "what was learned is forgotten at each BOS, or never; auto = doc for lora,"
+                          " else never", choices=("auto", "doc", "never"), free=True)
+    ttt_max_seconds: float = knob(0.0, "Evaluation", "seconds after which it only scores; 0 = no limit", free=True)
     eval_mix_learn: bool = knob(False, "Evaluation", "1 = also score mixed with earlier n-grams, weights learned", free=True)
     eval_cache_mix_weight: float = knob(0.0, "Evaluation", "or by fixed weights: of a cache of the last tokens", free=True)
     eval_bigram_mix_weight: float = knob(0.0, "Evaluation", "and of what has followed the token before", free=True)

@@ -132,9 +132,9 @@ class Subject:
         return found
 
     def isolated(self, seen: Seen) -> list[str]:
-        """The scores that claim to depend on their document alone."""
+        """The scores that claim to depend on their document alone. (The sidecar on top of one learns from all of them.)"""
         claims = {name for name, module in self.modules.items() if getattr(module, "isolated", lambda _cfg: False)(self.cfg)}
-        return [name for name, module in seen.modules.items() if module in claims]
+        return [name for name, module in seen.modules.items() if module in claims and not name.endswith("sidecar")]
 
 
 def attempt(action: Callable[[], EvalResult]) -> EvalResult | str:

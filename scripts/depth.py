@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export import ArtifactError, tool
-from scoring import Evaluation, Score
+from export import ArtifactError
+from scoring import Evaluation, Score, distributions_with_sidecar, with_sidecar
 from train_gpt import GPT, Config, rms_norm
 from window_pass import WindowPass
 
@@ -112,19 +112,25 @@ def deep(ev: Evaluation) -> tuple[Evaluation, DepthPass]:
 
 def score(ev: Evaluation) -> Iterator[Score]:
     """The model with its turns, by the windows of the knobs; and with the sidecar, where that is asked for too."""
+    yield from with_sidecar(ev, deepened(ev))
+
+
+def deepened(ev: Evaluation) -> Score:
     t0 = time.perf_counter()
     deeper, forward = deep(ev)
     nats, turns = deeper.score_windows("depth", deeper.windows, forward.nats_and_turns, 2)
     report = {"stride": ev.cfg.eval_stride or ev.length, "seq_len": ev.length, **compute_report(forward, turns)}
-    found = Score("depth", nats, time.perf_counter() - t0, report)
-    yield found
-    if "sidecar_mode" in ev.cfg.modes.values():
-        yield tool("sidecar_mode").applied(ev, found)
+    return Score("depth", nats, time.perf_counter() - t0, report)
 
 
-def distributions(ev: Evaluation, targets: Sequence[int] | np.ndarray) -> Tensor:
-    """Log-probabilities that these targets were scored with, (n, V) float32."""
-    return deep(ev)[0].distributions(targets)
+def distributions(ev: Evaluation, targets: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
+    """Log-probabilities that these targets were scored with, (n, V), by score."""
+    return distributions_with_sidecar(ev, deepened(ev), targets, deep(ev)[0].distributions(targets))
+
+
+def isolated(cfg: Config) -> bool:
+    """Whether scores depend on their document alone."""
+    return cfg.eval_doc_isolated
 
 
 def compute_report(forward: DepthPass, turns: np.ndarray) -> dict[str, float]:

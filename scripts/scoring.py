@@ -361,6 +361,27 @@ def read_section(path: Path, size: int, fingerprint: str) -> np.ndarray | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The sidecar on top of a mode that makes passes of its own.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def with_sidecar(ev: Evaluation, found: Score) -> Iterator[Score]:
+    """A mode's score, and the same with the sidecar where that is asked for too."""
+    yield found
+    if "sidecar_mode" in ev.cfg.modes.values():
+        yield tool("sidecar_mode").applied(ev, found)
+
+
+def distributions_with_sidecar(ev: Evaluation, found: Score, targets: Sequence[int] | np.ndarray, log_p: Tensor
+                               ) -> dict[str, Tensor]:
+    """Log-probabilities (n, V) that these targets were scored with, by the name of the score; `log_p` are the mode's."""
+    given = {found.name: log_p}
+    if "sidecar_mode" in ev.cfg.modes.values():
+        given[f"{found.name}_sidecar"] = tool("sidecar_mode").written_out(ev, found.nats, targets, log_p)
+    return given
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The modes: this module's own, and all that the knobs ask for.
 # ----------------------------------------------------------------------------------------------------------------------
 

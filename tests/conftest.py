@@ -9,6 +9,8 @@ import io
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,6 +220,19 @@ def build_job(env: Mapping[str, str]) -> Job:
     assert data is not None, problems
     rt = Runtime.from_config(cfg, {})
     return Job.build(cfg, rt, RunFolder(Path(cfg.log_dir) / cfg.run_id, master=True), data)
+
+
+def run_two_ranks(program: str, folder: Path) -> None:
+    """Two processes of a gloo group run a Python program; its arguments are the folder and the repository's root."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
+        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [subprocess.Popen([sys.executable, "-c", program, str(folder), str(ROOT)], env=env | {"RANK": str(rank)},
+                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
 
 
 def train_stream(data: TinyData) -> TokenStream:

@@ -200,7 +200,7 @@ def test_near_miss_of_a_knob_is_refused_with_a_suggestion(name: str, near: str) 
 
 
 @pytest.mark.parametrize("name", [
-    "TRAIN_TOKENS", "VAL_SOMETHING", "MUON_NESTEROV_OFF", "TTT_LR", "RATE_REG_LAMBDA", "NOISE_QAT_START",
+    "TRAIN_TOKENS", "VAL_SOMETHING", "MUON_NESTEROV_OFF", "TTT_STEPS", "RATE_REG_LAMBDA", "NOISE_QAT_START",
     "CONTROL_TENSOR_NAME_PATTERNS", "EXPORT_MODE",
 ])
 def test_unknown_name_of_a_knobs_family_is_refused(name: str) -> None:
@@ -311,7 +311,7 @@ def knobs_read(*sources: str) -> set[str]:
 def test_every_knob_is_read_by_the_program() -> None:
     trainer, *exporters = ((ROOT / name).read_text(encoding="utf-8") for name in (
         "train_gpt.py", "export.py", "scripts/int8_plan.py", "scripts/symmetries.py", "scripts/numuon.py",
-        "scripts/objective.py", "scripts/scoring.py", "scripts/sidecar_mode.py", "scripts/depth.py"))
+        "scripts/objective.py", "scripts/scoring.py", "scripts/sidecar_mode.py", "scripts/depth.py", "scripts/ttt.py"))
     knobs = {f.name for f in fields(Config)}
     assert knobs - knobs_read(trainer, *exporters) == set()
     silenced = trainer.replace(".grad_clip_norm", ".seed").replace("self.num_unique_blocks or", "")

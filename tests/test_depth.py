@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, VARIANTS, TinyData, filled_model, tiny_knobs, tiny_shape
-from test_scoring import BOS, Killed, evaluation, lines_of, naive, run_two_ranks, text
+from conftest import ROOT, VARIANTS, TinyData, filled_model, run_two_ranks, tiny_knobs, tiny_shape
+from test_scoring import BOS, Killed, evaluation, lines_of, naive, text
 
 import export
 import train_gpt
@@ -190,7 +190,7 @@ def test_the_size_of_a_batch_changes_rounding_alone() -> None:
 def test_distributions_sum_to_one_and_are_those_that_were_scored() -> None:
     ev = evaluation(shared("everything"), eval_depth_loops=2, eval_halt_threshold=SOME["everything"], eval_stride=6)
     targets = [1, 169, 40, 95]
-    log_p = depth.distributions(ev, targets)
+    log_p = depth.distributions(ev, targets)["depth"]
     assert torch.allclose(log_p.exp().sum(1), torch.ones(4), atol=1e-5)
     [found] = depth.score(ev)
     scored = -log_p[torch.arange(4), torch.from_numpy(ev.tokens[targets].astype(np.int64))].numpy()

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, tiny_knobs, tiny_shape
+from conftest import CPU, CPU_BF16, ROOT, VARIANTS, TinyData, fill, filled_model, run_two_ranks, tiny_knobs, tiny_shape
 
 import export
 import train_gpt
@@ -277,19 +276,6 @@ rt.stop()
 """
 
 
-def run_two_ranks(worker: str, folder: Path) -> None:
-    """The program `worker` in two processes that can form a group, with `folder` and the repository as its arguments."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | {
-        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [subprocess.Popen([sys.executable, "-c", worker, str(folder), str(ROOT)], env=env | {"RANK": str(rank)},
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-
-
 def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
     run_two_ranks(WORKER, tmp_path)
     for isolated in (False, True):
@@ -487,7 +473,7 @@ def test_these_knobs_may_change_when_a_run_is_resumed(run_folder) -> None:
 
 def test_with_the_knobs_at_their_defaults_nothing_is_imported(run_folder, tmp_path: Path) -> None:
     program = ("import os, sys, train_gpt; code = train_gpt.main(os.environ);"
-               " print(code, sorted({'scoring', 'window_pass', 'sidecar', 'depth'} & sys.modules.keys()))")
+               " print(code, sorted({'scoring', 'window_pass', 'sidecar', 'depth', 'ttt'} & sys.modules.keys()))")
     knobs = {name: value for name, value in run_folder[0].items() if name.lower() not in train_gpt.MODES}
     knobs |= {"LOG_DIR": str(tmp_path), "EVAL_ARTIFACT": str(run_folder[1] / "final_model.int8.ptz"), "OMP_NUM_THREADS": "1"}
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")} | knobs
