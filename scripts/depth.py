@@ -26,7 +26,6 @@ forward_cost_run, those that are computed. Attention's own products and the head
 """
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -51,7 +50,7 @@ def problems(cfg: Config) -> list[str]:
         (cfg.eval_depth_loops > 0 and cfg.unique_blocks >= cfg.num_layers,
          f"EVAL_DEPTH_LOOPS goes through shared blocks again, and the {cfg.num_layers} layers share none: train with"
          " NUM_UNIQUE_BLOCKS below NUM_LAYERS, or unset it"),
-        (0 < cfg.eval_halt_threshold < math.inf and cfg.eval_depth_loops == 0,
+        (cfg.eval_halt_threshold > 0 and cfg.eval_depth_loops == 0,
          "EVAL_HALT_THRESHOLD asks for no score: set EVAL_DEPTH_LOOPS, whose turns it halts"),
     ) if wrong]
 

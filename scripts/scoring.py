@@ -24,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def problems(cfg: Config) -> list[str]:
     length = cfg.eval_seq_len or cfg.train_seq_len
     windows = cfg.eval_stride != 0 or cfg.eval_doc_isolated
     asked = [name.upper() for name in ("eval_seq_len", "sw_eval_batch") if getattr(cfg, name)]
-    others = [tool(name) for name in dict.fromkeys(cfg.modes.values()) if name != "scoring"]
+    known = not train_gpt.range_problems(cfg, [f for f in fields(cfg) if f.name in train_gpt.MODES])
+    others = [tool(name) for name in dict.fromkeys(cfg.modes.values()) if name != "scoring" and known]
     return [text for wrong, text in (
         (cfg.eval_stride > length,
          f"EVAL_STRIDE must be at most EVAL_SEQ_LEN={length}, or targets would be left out, got {cfg.eval_stride}"),

@@ -12,7 +12,6 @@ The mixture needs a model's nats of all targets and nothing else, so it goes on 
 """
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +34,7 @@ def problems(cfg: Config) -> list[str]:
     asked = " and ".join(name.upper() for name in options if getattr(cfg, name) != getattr(Config, name))
     total = sum(weights.values())
     return [text for wrong, text in (
-        (1 <= total < math.inf,
+        (total >= 1,
          f"{' + '.join(weights)} must be below 1, the model's own weight being the rest, got {total:g}"),
         (fixed and cfg.eval_mix_learn,
          f"EVAL_MIX_LEARN=1 learns what {fixed} would fix: drop {fixed}, which can lose, or EVAL_MIX_LEARN"),

@@ -550,7 +550,7 @@ def test_what_a_command_printed_must_be_the_sums_of_its_targets() -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["EVAL_STRIDE=33"], "EVAL_STRIDE must be at most EVAL_SEQ_LEN=32, or targets would be left out, got 33"),
-    (["MATRIX_LR=1"], "MATRIX_LR is no knob of an evaluation; those are EVAL_DOC_ISOLATED"),
+    (["MATRIX_LR=1"], "MATRIX_LR is no knob of an evaluation; those are EVAL_"),
     (["EVAL_STRIDE"], "a knob must be NAME=VALUE, got EVAL_STRIDE"),
     (["--tokens", "32"], "--tokens must be 0 or above a window's 32, got 32"),
     (["--tokens", "many"], "argument --tokens: must be a whole number of at least 0, got 'many'"),

@@ -110,9 +110,10 @@ def test_choices_are_listed_when_missed(name: str) -> None:
     choices = next(f.metadata["choices"] for f in fields(Config) if f.name.upper() == name)
     assert problems_of(**{name: "tpu"}) == [f"{name} must be one of {', '.join(choices)}, got 'tpu'"]
     needed = {"hessian": {"CALIBRATION_TOKENS": 1}, "sensitivity": {"SENSITIVITY_MAP": "map.json"},
-              "rd": {"CALIBRATION_TOKENS": 1}, "doc": {"EVAL_MIX_LEARN": 1}, "stream": {"EVAL_MIX_LEARN": 1}}
+              "rd": {"CALIBRATION_TOKENS": 1}, "EVAL_SIDECAR_SCOPE": {"EVAL_MIX_LEARN": 1},
+              "TTT_OPTIMIZER": {"TTT_MODE": "lora"}, "TTT_RESET": {"TTT_MODE": "sgd"}}
     for choice in choices:
-        assert problems_of(**{name: choice}, **needed.get(choice, {})) == []
+        assert problems_of(**{name: choice}, **needed.get(name, {}), **needed.get(choice, {})) == []
 
 
 @pytest.mark.parametrize(("env", "wanted"), [
