@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -87,7 +88,7 @@ def problems(cfg: Config) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Learner:
+class Learner(ABC):
     """Tensors that a pass adds to the model or takes in its place. After `reset` nothing is left of what was learned."""
     stacked = False                     # whether they have a row for each stretch of text
     tensors: dict[str, Tensor]
@@ -96,17 +97,17 @@ class Learner:
     def __init__(self, model: GPT, cfg: Config):
         self.model, self.cfg = model, cfg
 
+    @abstractmethod
     def fresh(self, rows: int) -> Iterator[tuple[str, Tensor]]:
         """The tensors before anything was learned, for so many stretches."""
-        raise NotImplementedError
 
     def nats(self, ids: Tensor, targets: Tensor, last: int) -> Tensor:
         """As `WindowPass.nats`, by the tensors as they are; row i of a stack serves row i of the ids."""
         return F.cross_entropy(self.logits(ids, last), targets.flatten(), reduction="none").view_as(targets)
 
+    @abstractmethod
     def logits(self, ids: Tensor, last: int) -> Tensor:
         """As `WindowPass.logits`."""
-        raise NotImplementedError
 
     def reset(self, rows: int) -> None:
         self.tensors = {name: t.detach().clone().requires_grad_() for name, t in self.fresh(rows)}
