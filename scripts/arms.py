@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def val_bpb(self) -> float | None:
-        return self.summary["roundtrip"]["val_bpb"] if self.run else None
+        return self.run.score["val_bpb"] if self.run and self.run.score else None
 
     @property
     def gap_bpb(self) -> float | None:
@@ -133,7 +133,7 @@ class Study:
     arms: tuple[Arm, ...]
     control: Arm | None
     smallest_effect: float
-    cap_bytes: int | None           # None = each run's own
+    scored_by: tuple[str, ...]      # see read_study
 
     @cached_property
     def comparisons(self) -> dict[str, paired.Comparison]:
@@ -182,44 +182,65 @@ def changes(first: Run, second: Run) -> list[tuple[str, Any, Any]]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_study(paths: Iterable[str], control: str | None, smallest_effect: float, cap_bytes: int | None) -> Study:
-    """Everything at these paths: a run's folder, a folder of runs, a sweep's ledger. Raises ValueError."""
+def read_study(paths: Sequence[str], control: str | None, smallest_effect: float, cap_bytes: int | None,
+               scored_by: str | None = None) -> Study:
+    """Everything at these paths: a run's folder, a folder of runs, a sweep's ledger. `scored_by`: the first of these
+    eval_modes, between commas, that a run has is its score, else the plain one. None for it or the control: the ledgers'
+    choice. Raises ValueError.
+    """
     found: dict[tuple[Path, str], Entry] = {}
-    controls: dict[str, None] = {}
+    ledgers = {path: read_ledger(path) for path in map(Path, paths) if path.is_file()}
+    if control is None:
+        control = agreed([ledger["control"] for ledger in ledgers.values()], "controls", "--control ARM")
+    if scored_by is None:
+        scored_by = agreed([",".join(ledger["score"]) or None for ledger in ledgers.values()], "scores", "--score NAME,...")
+    rules = Rules(cap_bytes, tuple(name for name in (scored_by or "").split(",") if name))
     for path in map(Path, paths):
-        entries, named = read_ledger(path, cap_bytes) if path.is_file() else (read_folders(path, cap_bytes), None)
+        entries = ([read_planned(path, number, row, rules) for number, row in enumerate(ledgers[path]["runs"])]
+                   if path in ledgers else [entry_of(run, run.arm, UNFINISHED, "", rules) for run in runs.find_runs([path])])
         known = {folder for folder, _ in found}     # what came first names a run; one ledger may give it two names
         found |= {(folder, entry.arm): entry for entry in entries if (folder := entry.folder.resolve()) not in known}
-        controls |= {named: None} if named is not None else {}
-    if control is None and len(controls) > 1:
-        raise RunError(f"the ledgers name the controls {', '.join(controls)}; choose one by --control ARM")
+    modes = dict.fromkeys(mode for entry in found.values() if entry.run for mode in entry.run.modes)
+    if modes and (unknown := [mode for mode in rules.scored_by if mode not in modes]):
+        raise RunError(f"no run has the score {', '.join(unknown)}; beside the plain one there are {', '.join(modes)}")
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(found.values(), key=lambda entry: (entry.arm, entry.seed, entry.run_id)):
         if not all(text and text.isprintable() for text in (entry.arm, entry.run_id)):
             raise RunError(f"run {entry.run_id!r} of arm {entry.arm!r}: names must be of printable characters")
         groups[entry.arm].append(entry)
-    name = control if control is not None else next(iter(controls), None)
-    if name is not None and name not in groups:
-        raise RunError(f"control {name}: no such arm; there are {', '.join(groups)}")
+    if control is not None and control not in groups:
+        raise RunError(f"control {control}: no such arm; there are {', '.join(groups)}")
     arms = sorted((Arm(arm, tuple(entries)) for arm, entries in groups.items()),
                   key=lambda arm: (arm.mean is None, arm.mean or 0.0, arm.name))
-    return Study(tuple(arms), next((arm for arm in arms if arm.name == name), None), smallest_effect, cap_bytes)
+    return Study(tuple(arms), next((arm for arm in arms if arm.name == control), None), smallest_effect, rules.scored_by)
 
 
-def read_folders(path: Path, cap_bytes: int | None) -> list[Entry]:
-    return [entry_of(run, run.arm, UNFINISHED, "", cap_bytes) for run in runs.find_runs([path])]
+@dataclass(frozen=True)
+class Rules:
+    """How runs are counted: their cap, None = each run's own, and what scores them."""
+    cap_bytes: int | None
+    scored_by: tuple[str, ...]
 
 
-def read_ledger(path: Path, cap_bytes: int | None) -> tuple[list[Entry], str | None]:
-    """The runs that a sweep planned, and its control. Raises RunError."""
-    ledger = runs.read_object(path)
-    planned, control = ledger.get("runs"), ledger.get("control")
-    if not isinstance(planned, list) or not isinstance(control, str | None):
-        raise RunError(f"{path} is no sweep's ledger: wanted an object with control (an arm or null) and runs (a list)")
-    return [read_planned(path, number, row, cap_bytes) for number, row in enumerate(planned)], control
+def agreed(named: Iterable[str | None], what: str, flag: str) -> str | None:
+    """What all ledgers that name something name. Raises RunError where they name several."""
+    found = [*dict.fromkeys(name for name in named if name is not None)]
+    if len(found) > 1:
+        raise RunError(f"the ledgers name the {what} {', '.join(found)}; choose one by {flag}")
+    return found[0] if found else None
 
 
-def read_planned(path: Path, number: int, row: Any, cap_bytes: int | None) -> Entry:
+def read_ledger(path: Path) -> dict[str, Any]:
+    """What a sweep planned: its control, its score, and its runs. Raises RunError."""
+    ledger = {"control": None, "score": []} | runs.read_object(path)
+    if not (isinstance(ledger.get("runs"), list) and isinstance(ledger.get("control"), str | None)
+            and isinstance(ledger["score"], list) and all(isinstance(name, str) for name in ledger["score"])):
+        raise RunError(f"{path} is no sweep's ledger: wanted an object with control (an arm or null), runs (a list)"
+                       " and score (a list of names, or none)")
+    return ledger
+
+
+def read_planned(path: Path, number: int, row: Any, rules: Rules) -> Entry:
     """One run of a ledger."""
     wanted: dict[str, type] = {"run_id": str, "arm": str, "seed": int, "state": str, "folder": str, "note": str}
     if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in wanted.items()):
@@ -230,25 +251,26 @@ def read_planned(path: Path, number: int, row: Any, cap_bytes: int | None) -> En
     folder, row = path.parent / row["folder"], row | {"note": " ".join(row["note"].split())}
     if row["state"] not in SCORED_STATES or not (folder / "config.json").is_file():
         note = row["note"] if row["state"] not in SCORED_STATES else "its folder is not here"
-        return Entry(row["run_id"], row["arm"], row["seed"], row["state"], note, folder, None, cap_bytes or 0)
+        return Entry(row["run_id"], row["arm"], row["seed"], row["state"], note, folder, None, rules.cap_bytes or 0)
     run = runs.read_run(folder)
     if run.seed != row["seed"]:
         raise RunError(f"{path}: run {row['run_id']} has seed {row['seed']}, its config.json says {run.seed}")
-    return entry_of(run, row["arm"], row["state"], row["note"], cap_bytes)
+    return entry_of(run, row["arm"], row["state"], row["note"], rules)
 
 
-def entry_of(run: Run, arm: str, state: str, note: str, cap_bytes: int | None) -> Entry:
+def entry_of(run: Run, arm: str, state: str, note: str, rules: Rules) -> Entry:
     """The entry of a run's folder; it counts if its artifact has a finite score. Raises RunError."""
-    if run.summary is None:
-        return Entry(run.run_id, arm, run.seed, state, note or progress_of(run), run.folder, None, cap_bytes or 0)
+    summary, run = run.summary, replace(run, scored_by=rules.scored_by)
+    if summary is None:
+        return Entry(run.run_id, arm, run.seed, state, note or progress_of(run), run.folder, None, rules.cap_bytes or 0)
     check_summary(run)
-    cap = run.summary["cap_bytes"] if cap_bytes is None else cap_bytes
+    cap = summary["cap_bytes"] if rules.cap_bytes is None else rules.cap_bytes
     if run.score is None:
         note = "its artifact was not evaluated (FINAL_ROUNDTRIP_EVAL=0)"
     elif not math.isfinite(run.score["val_bpb"]):
         note = f"val_bpb is {run.score['val_bpb']}"
     else:
-        state = "over_cap" if 0 < cap < run.summary["total_bytes"] else "finished"
+        state = "over_cap" if 0 < cap < summary["total_bytes"] else "finished"
         return Entry(run.run_id, arm, run.seed, state, note, run.folder, run, cap)
     return Entry(run.run_id, arm, run.seed, "finished", note, run.folder, None, cap)
 
@@ -269,8 +291,7 @@ def check_summary(run: Run) -> None:
     sizes = list(parts.values()) if isinstance(parts, dict) else []
     if any(type(nbytes) is not int for nbytes in sizes) or sum(sizes) != summary["artifact_bytes"]:
         raise RunError(f"{where}: parts must sum to artifact_bytes={summary['artifact_bytes']}, got {parts!r:.200}")
-    for stage in ("pre_roundtrip", "roundtrip"):
-        result = summary[stage]
+    for stage, result in ({key: summary[key] for key in ("pre_roundtrip", "roundtrip")} | dict(run.modes)).items():
         if result is None and stage == "roundtrip":
             continue
         if not isinstance(result, dict) or not all(
@@ -335,7 +356,7 @@ def repeats(study: Study) -> Iterator[Flag]:
     for arm in study.arms:
         held: dict[int, list[float]] = defaultdict(list)
         for entry in arm.scored:
-            held[entry.seed].append(entry.summary["roundtrip"]["val_bpb"])
+            held[entry.seed].append(entry.val_bpb or math.nan)
         for seed, values in held.items():
             if len(values) > 1:
                 apart = max(values) - min(values)

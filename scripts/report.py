@@ -55,6 +55,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = export_verbs.OneLineParser(prog="report.py", description="Compares configurations over seeds.")
     parser.add_argument("paths", nargs="+", metavar="PATH", help="a run's folder, a folder of runs, or a sweep's ledger")
     parser.add_argument("--control", metavar="ARM", help="what the others are compared with; default: the ledger's")
+    parser.add_argument("--score", metavar="NAME,...", help="the first of these eval_modes that a run has is its score, else"
+                                                            " the plain one; default: the ledger's")
     parser.add_argument("--smallest-effect", type=effect, default=0.0005, metavar="BPB",
                         help="the smallest difference that matters, in bits per byte; default: %(default)s")
     parser.add_argument("--cap", type=bytes_number, metavar="BYTES", help="of the total, 0 = none; default: each run's")
@@ -100,7 +102,7 @@ def main(arguments: list[str]) -> int:
         check_packages(args)
         from arms import read_study
         from report_tables import terminal_lines
-        study = read_study(args.paths, args.control, args.smallest_effect, args.cap)
+        study = read_study(args.paths, args.control, args.smallest_effect, args.cap, args.score)
         for path, data in outputs(args, study).items():
             export.write_atomically(Path(path), data)
     except (ValueError, OSError) as fault:

@@ -48,7 +48,7 @@ def as_rows(study: Study) -> dict[str, list[Mapping[str, Any]]]:
 
 def run_row(entry: Entry) -> dict[str, Any]:
     run, summary = entry.run, entry.summary if entry.run else {}
-    before, after = summary.get("pre_roundtrip", {}), summary.get("roundtrip", {})
+    before, after = summary.get("pre_roundtrip", {}), (run and run.score) or {}
     return {"run_id": entry.run_id, "arm": entry.arm, "seed": entry.seed, "state": entry.state, "note": entry.note,
             "folder": str(entry.folder), "val_bpb": entry.val_bpb, "val_loss": after.get("val_loss"),
             "before_val_bpb": before.get("val_bpb"), "gap_bpb": entry.gap_bpb,
@@ -197,8 +197,9 @@ def facts(study: Study) -> str:
 def legend(study: Study) -> list[tuple[str, str]]:
     """How the numbers came about."""
     least = f"{study.smallest_effect:g} bpb"
+    way = f", by the evaluation {' or else '.join(study.scored_by)} where there is one" if study.scored_by else ""
     return [
-        ("val_bpb", "Bits per byte of the validation text, of the artifact read back from its file; mean and standard"
+        ("val_bpb", f"Bits per byte of the validation text, of the artifact read back from its file{way}; mean and standard"
                     " deviation over seeds; lower is better. Repeats of a seed count once, by their mean."),
         ("verdict", f"better or worse: Holm p is below {ALPHA:g}, by the sign of the difference. no effect: not so, and"
                     f" the interval lies inside -{least} to +{least}, the smallest effect that matters (--smallest-effect);"

@@ -34,6 +34,7 @@ class Run:
     config: dict[str, Any]                  # config.json: knobs, device, code_sha256, tokenizer_sha256, ...
     summary: dict[str, Any] | None          # summary.json, written last; None = not finished
     sweep: dict[str, Any] | None            # sweep.json, None = not started by a sweep
+    scored_by: tuple[str, ...] = ()         # of `modes`: the first that the run has gives its score
 
     @property
     def run_id(self) -> str:
@@ -86,7 +87,8 @@ class Run:
     @property
     def score(self) -> Mapping[str, Any] | None:
         """The evaluation that counts: of the artifact after reading it back, None where there was none."""
-        return self.summary["roundtrip"] if self.summary else None
+        plain = self.summary["roundtrip"] if self.summary else None
+        return next((self.modes[name] for name in self.scored_by if name in self.modes), plain)
 
     @property
     def modes(self) -> Mapping[str, Mapping[str, Any]]:

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -117,6 +117,7 @@ class Sweep:
         states = [(run, *self.state(run)) for run in self.planned]
         write_object(self.ledger, {
             "sweep": self.spec.name, "spec": str(self.spec.path), "track": self.spec.track, "control": self.spec.control,
+            "score": list(self.spec.score),
             "runs": [{"run_id": run.folder.name, "arm": run.arm, "seed": run.seed, "state": state,
                       "folder": os.path.relpath(run.folder, self.ledger.parent), "note": note}
                      for run, state, note in states]})
@@ -193,7 +194,7 @@ class Sweep:
         write_object(run.folder / "sweep.json", record)
         del self.active[run.folder]
         state, note = self.state(run)
-        self.say(f"{run.label}: {state}{outcome(run.folder)}{': ' + note if note else ''}")
+        self.say(f"{run.label}: {state}{outcome(run.folder, self.spec.score)}{': ' + note if note else ''}")
 
     def halt_hopeless(self) -> None:
         """Ends running runs that are behind at a rung."""
@@ -248,14 +249,20 @@ def val_bpb_by_step(folder: Path) -> dict[int, float]:
     return {row["step"]: row["val_bpb"] for row in runs.read_metrics(folder, "val")}
 
 
-def outcome(folder: Path) -> str:
+def final_bpb(run: runs.Run, scored_by: tuple[str, ...]) -> float:
+    """The score of a finished run, of its float weights where its artifact was not evaluated."""
+    assert run.summary is not None
+    return (replace(run, scored_by=scored_by).score or run.summary["pre_roundtrip"])["val_bpb"]
+
+
+def outcome(folder: Path, scored_by: tuple[str, ...]) -> str:
     """What a finished run came to, for one line."""
-    path = folder / "summary.json"
-    if not path.is_file():
+    if not (folder / "summary.json").is_file():
         return ""
-    summary = runs.read_object(path)
-    scored = summary["roundtrip"] or summary["pre_roundtrip"]
-    return f" val_bpb:{scored['val_bpb']:.5f} bytes:{summary['total_bytes']:,} train:{summary['seconds']['train']:.0f}s"
+    run = runs.read_run(folder)
+    assert run.summary is not None
+    return (f" val_bpb:{final_bpb(run, scored_by):.5f} bytes:{run.summary['total_bytes']:,}"
+            f" train:{run.summary['seconds']['train']:.0f}s")
 
 
 class Screen:
@@ -292,8 +299,7 @@ def table(sweep: Sweep) -> list[str]:
     scores: dict[str, list[float]] = {}
     for run in sweep.planned:
         if states[run.folder] in ("finished", "over_cap"):
-            summary = runs.read_object(run.folder / "summary.json")
-            scores.setdefault(run.arm, []).append((summary["roundtrip"] or summary["pre_roundtrip"])["val_bpb"])
+            scores.setdefault(run.arm, []).append(final_bpb(runs.read_run(run.folder), sweep.spec.score))
     ranked = sorted((sum(found) / len(found), len(found), arm) for arm, found in scores.items())
     return lines + [f"  {mean:.5f} val_bpb, n={n}  {arm}" for mean, n, arm in ranked]
 

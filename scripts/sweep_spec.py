@@ -8,6 +8,7 @@
     threads = 1                         # of a run on CPU; another number of threads rounds differently
     repeats = 1                         # runs of each arm and seed: more than one asks how repeatable a result is
     retries = 1                         # times that a crashed run is started again
+    score = ["sidecar"]                 # the first of these eval_modes that a run has is its score, else the plain one
     share_training = false              # true: runs that differ in export or evaluation alone train once
 
     [knobs]                             # the same in all arms, over the recipe's
@@ -62,8 +63,9 @@ PLACES = ("DATA_PATH", "TOKENIZER_PATH", "LOG_DIR", "DEVICE")    # knobs that a 
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH", "TRAIN_SEQ_LEN", "VOCAB_SIZE")
 OWN = ("RUN_ID", "RESUME", "SEED", "EVAL_ARTIFACT")             # knobs that a sweep sets, and one that trains nothing
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, "threads": int, "repeats": int,
-         "retries": int, "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict, "stop": dict}
+KINDS = {"name": str, "track": str, "base": str, "seeds": list, "control": str, "score": list, "threads": int,
+         "repeats": int, "retries": int, "share_training": bool, "knobs": dict, "arms": dict, "grid": dict, "random": dict,
+         "stop": dict}
 
 
 class SpecError(ConfigError):
@@ -88,6 +90,7 @@ class Spec:
     track: str
     seeds: tuple[int, ...]
     control: str | None
+    score: tuple[str, ...]                  # eval_modes that score a run, see report.py --score
     threads: int
     repeats: int
     retries: int
@@ -134,6 +137,7 @@ def read_spec(path: Path, extra: Mapping[str, str], env: Mapping[str, str]) -> S
         (not NAME.fullmatch(raw.get("name", "")), f"name must be letters, digits, '_', '-' or '.', got {raw.get('name')!r}"),
         (not seeds or len(set(map(str, seeds))) < len(seeds) or any(type(seed) is not int for seed in seeds),
          f"seeds must be whole numbers, each once, got {seeds}"),
+        (any(type(name) is not str for name in raw.get("score", [])), f"score must hold names, got {raw.get('score')}"),
         (raw.get("threads", 1) < 1, f"threads must be at least 1, got {raw.get('threads')}"),
         (raw.get("repeats", 1) < 1, f"repeats must be at least 1, got {raw.get('repeats')}"),
         (raw.get("repeats", 1) > 1 and raw.get("share_training"), "repeats would share one training, and show nothing"),
@@ -148,8 +152,8 @@ def read_spec(path: Path, extra: Mapping[str, str], env: Mapping[str, str]) -> S
         raise SpecError([f"{path}: {problem}" for problem in problems])
     places = {name: env[name] for name in PLACES if name in env}
     common = base | places | as_knobs(raw.get("knobs", {}))
-    return Spec(path, raw["name"], raw.get("track", ""), tuple(seeds), raw.get("control"), raw.get("threads", 1),
-                raw.get("repeats", 1), raw.get("retries", 1), raw.get("share_training", False),
+    return Spec(path, raw["name"], raw.get("track", ""), tuple(seeds), raw.get("control"), tuple(raw.get("score", [])),
+                raw.get("threads", 1), raw.get("repeats", 1), raw.get("retries", 1), raw.get("share_training", False),
                 {arm: common | knobs | dict(extra) for arm, knobs in arms.items()}, stop)
 
 

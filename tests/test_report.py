@@ -263,6 +263,58 @@ def test_repeated_runs_are_one_seed_and_flagged(tmp_path: Path) -> None:
     assert [flag.text for flag in study.flags] == ["base: 2 runs of seed 1, repeated bit for bit"]
 
 
+def scored_so(tmp_path: Path) -> Path:
+    """Two arms by two seeds: wide is worse by the plain score, better by the sidecar's, which base lacks; one text."""
+    texts = {"val_loss": 2.0, "tokens": 1000, "bytes": 2500, "seconds": 1.0}
+    for seed in (1, 2):
+        write_run(tmp_path / f"base_s{seed}", seed, 1.2 + seed / 100, summary={"eval_modes": {
+            "sliding_window": texts | {"val_bpb": 1.19 + seed / 100}}})
+        modes = {"sliding_window": texts | {"val_bpb": 1.3},
+                 "sidecar": texts | {"val_bpb": 1.1 + seed / 100, "val_loss": 1.9}}
+        write_run(tmp_path / f"wide_s{seed}", seed, 1.3, config={"knobs": KNOBS["wide"]}, summary={"eval_modes": modes})
+    return tmp_path
+
+
+def test_a_score_beside_the_plain_one_ranks_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = scored_so(tmp_path)
+    assert [arm.name for arm in study_of(logs).arms] == ["base", "wide"]
+    rows = [planned(f"{arm}_s{seed}", arm, seed) for arm in ("base", "wide") for seed in (1, 2)]
+    ledger = write_ledger(logs, rows)
+    ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"score": ["sidecar", "sliding_window"]}))
+    study = study_of(ledger)
+    assert [(arm.name, arm.by_seed) for arm in study.arms] == [
+        ("wide", {1: 1.11, 2: 1.12}), ("base", {1: pytest.approx(1.2), 2: pytest.approx(1.21)})]
+    assert [(flag.kind, flag.text) for flag in study.flags] == []
+    assert study.arms[0].scored[0].gap_bpb == pytest.approx(0.001)         # the round trip is the plain score's
+    assert run(capsys, ledger)[1].count("by the evaluation sidecar or else sliding_window") == 0
+    run(capsys, ledger, "--markdown", tmp_path / "a.md", "--sqlite", tmp_path / "a.sqlite")
+    assert "by the evaluation sidecar or else sliding_window where there is one" in (tmp_path / "a.md").read_text()
+    with sqlite3.connect(tmp_path / "a.sqlite") as base:
+        assert base.execute("SELECT val_bpb, val_loss FROM runs WHERE arm = 'wide' AND seed = 1").fetchall() == [(1.11, 1.9)]
+    assert "1  base" in run(capsys, ledger, "--score", "")[1]
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (["--score", "ttt"], "report.py: no run has the score ttt; beside the plain one there are sliding_window, sidecar"),
+    (["--score", "sidecar,x"], "report.py: no run has the score x; beside the plain one there are sliding_window, sidecar")])
+def test_a_score_that_no_run_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
+                                            text: str) -> None:
+    code, _, err = run(capsys, scored_so(tmp_path), *arguments)
+    assert (code, err.strip()) == (2, text)
+
+
+def test_ledgers_that_name_different_scores_need_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs, paths = scored_so(tmp_path), []
+    for name in ("sidecar", "sliding_window"):
+        paths.append(logs / f"sweep_{name}.json")
+        paths[-1].write_text(json.dumps({"control": None, "score": [name], "runs": [planned("wide_s1", "wide", 1)]}))
+    assert "the ledgers name the scores" in run(capsys, *paths)[2]
+    assert "choose one by --score NAME,..." in run(capsys, *paths)[2]
+    assert "1.11" in run(capsys, *paths, "--score", "sidecar")[1]
+    paths[0].write_text(json.dumps({"control": None, "score": "sidecar", "runs": []}))
+    assert "score (a list of names, or none)" in run(capsys, paths[0])[2]
+
+
 def test_over_cap_runs_are_ranked_and_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = write_arms(tmp_path / "logs", ("base", "wide"))
     out = run(capsys, logs, "--control", "base", "--cap", 15_752_999)[1]
@@ -381,8 +433,8 @@ def test_strange_metrics_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(("ledger", "fault"), [
-    ({"runs": {}}, "is no sweep's ledger: wanted an object with control (an arm or null) and runs (a list)"),
-    ({"control": 5, "runs": []}, "is no sweep's ledger: wanted an object with control (an arm or null) and runs (a list)"),
+    ({"runs": {}}, "is no sweep's ledger: wanted an object with control (an arm or null), runs (a list)"),
+    ({"control": 5, "runs": []}, "is no sweep's ledger: wanted an object with control (an arm or null), runs (a list)"),
     ({"runs": [{"run_id": "x"}]}, ': run 0 of the ledger is {"run_id": "x"}, wanted run_id (str), arm (str), seed (int)'),
     ({"runs": [planned("x", "a", 1, "lost")]}, ": run x has the state 'lost', wanted one of finished, over_cap, failed,"),
     ({"runs": [planned("base_s1", "a", 2)]}, ": run base_s1 has seed 2, its config.json says 1"),

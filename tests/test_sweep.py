@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,8 @@ if code < 0:
 if code in (0, 3):
     (folder / "summary.json").write_text(json.dumps({
         "pre_roundtrip": {"val_bpb": value}, "roundtrip": {"val_bpb": value}, "artifact_bytes": 9, "total_bytes": 10,
-        "under_cap": code == 0, "step": 4, "seconds": {"train": 1.0}}))
+        "under_cap": code == 0, "step": 4, "seconds": {"train": 1.0},
+        "eval_modes": {name: {"val_bpb": bpb} for name, bpb in act.get("modes", {}).items()}}))
 sys.exit(code)
 """
 
@@ -183,6 +185,7 @@ def test_random_draws_lie_where_they_should_and_depend_on_their_seed_alone(place
     ({"base": "nowhere"}, "recipe nowhere: no such file, and none of scripts/recipes/"),
     ({"control": "z"}, "control 'z' is no arm; these are: a, b, c"),
     ({"threads": 0}, "threads must be at least 1, got 0"),
+    ({"score": ["sidecar", 1]}, "score must hold names, got ['sidecar', 1]"),
     ({"repeats": 0}, "repeats must be at least 1, got 0"),
     ({"repeats": 2, "share_training": True}, "repeats would share one training, and show nothing"),
     ({"retries": -1}, "retries must be at least 0, got -1"),
@@ -496,6 +499,15 @@ def test_a_terminal_gets_a_table_that_replaces_itself(place: Path):
     os.close(ours)
     assert "sweep t: 3 running" in text
     assert "\x1b[5A\r\x1b[J" in text                            # up over an empty line, the counts and three runs
+
+
+def test_arms_are_ranked_by_the_score_that_the_file_names(place: Path, capsys: pytest.CaptureFixture[str]):
+    act(place, a={"bpb": {"4": 1.5}}, b={"bpb": {"4": 1.6}, "modes": {"x": 1.4}}, c={"bpb": {"4": 1.2}, "modes": {"x": 1.7}})
+    assert sweep.main([str(write_spec(place, score=["y", "x"], seeds=[1], **LRS))]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"(\d\.\d{5}) val_bpb, n=1  (\w)", out)[-3:] == [("1.40000", "b"), ("1.50000", "a"), ("1.70000", "c")]
+    assert " b seed 1: finished val_bpb:1.40000 bytes:10 " in out
+    assert json.loads((place / "logs" / "sweep_t.json").read_text())["score"] == ["y", "x"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
