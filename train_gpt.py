@@ -562,6 +562,8 @@ class Runtime:
             return data
         size = torch.tensor(len(data), device=self.device)
         dist.broadcast(size, src=source)
+        if not size:
+            return b""
         buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
         if self.rank == source:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

@@ -9,6 +9,7 @@ in an otherwise empty folder and without a network, trained a step and scored th
 precision of the run to the eight digits of its log, elsewhere within 0.001 bpb.
 
 A record must be better than the last by 0.005 nats a token at p < 0.01 (the challenge's README, "Submission Process").
+--score ships the score of one of the runs' eval_modes (EVAL_STRIDE, TTT_MODE and the like) instead of the plain one.
 --against takes that record's submission.json or its seeds' val_bpb, "1.0599,1.0613,1.0621", and gives the p-value of
 Welch's one-sided t-test; against a single number, of the one-sample test. Nats a token depend on the tokenizer: 0.005 of
 them become bpb by the runs' own ratio of val_bpb to val_loss.
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -101,9 +102,9 @@ def run_problems(run: Run, code: Code, track: str) -> list[str]:
     """Why this run cannot be part of a submission."""
     summary, knobs = run.summary or {}, run.knobs
     total, cap = summary["artifact_bytes"] + len(code.packed), min(knobs["artifact_cap_bytes"] or CAP_BYTES, CAP_BYTES)
-    artifact, seconds = run.folder / summary["artifact"], summary["seconds"]
+    artifact = run.folder / summary["artifact"]
     size = artifact.stat().st_size if artifact.is_file() else None
-    train_s, eval_s = trained_s(run), seconds["roundtrip"]
+    train_s, eval_s = trained_s(run), evaluated_s(run)
     parts = [name.upper() for name in ("val_max_tokens", "roundtrip_val_max_tokens") if knobs[name]]
     return [f"{run.folder}: {text}" for wrong, text in (
         (summary["code_bytes"] != len(code.packed),
@@ -117,6 +118,8 @@ def run_problems(run: Run, code: Code, track: str) -> list[str]:
          f"trained {train_s:.0f} s, track {RECORD} allows {RECORD_SECONDS:.0f}; --track {NON_RECORD}?"),
         (track == RECORD and eval_s > RECORD_SECONDS,
          f"evaluated {eval_s:.0f} s, track {RECORD} allows {RECORD_SECONDS:.0f}; --track {NON_RECORD}?"),
+        (not run.modes.keys() >= set(run.scored_by),
+         f"has no score {' '.join(run.scored_by)}; its eval_modes are: {', '.join(run.modes) or 'none'}"),
         (DEVICE.fullmatch(run.config["device"]) is None, f"config.json has device {run.config['device']!r}, not a run's"),
     ) if wrong] + log_problems(run)
 
@@ -127,15 +130,25 @@ def trained_s(run: Run) -> float:
     return seconds["train"] + seconds.get("calibrate", 0.0)
 
 
+def evaluated_s(run: Run) -> float:
+    """Time of all scores of the artifact."""
+    seconds = (run.summary or {})["seconds"]
+    return seconds["roundtrip"] + seconds.get("eval_modes", 0.0)
+
+
+def score_line(run: Run) -> str:
+    """How the log's line of the score begins."""
+    return f"final_{(run.summary or {})['export_scheme']}_{(*run.scored_by, 'roundtrip')[0]}_exact "
+
+
 def log_problems(run: Run) -> list[str]:
     """Where the log's last lines of a kind are not those of summary.json."""
-    summary, path = run.summary or {}, run.folder / "train.log"
+    summary, score, path = run.summary or {}, run.score or {}, run.folder / "train.log"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    scheme, score = summary["export_scheme"], summary["roundtrip"]
-    name = train_gpt.ARTIFACTS[scheme][1]
+    name = train_gpt.ARTIFACTS[summary["export_scheme"]][1]
     found = []
     for start, rest in (
-        (f"final_{scheme}_roundtrip_exact ", f"val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f}"),
+        (score_line(run), f"val_loss:{score['val_loss']:.8f} val_bpb:{score['val_bpb']:.8f}"),
         ("Code size: ", f"{summary['code_bytes']} bytes (packed)"),
         (f"Serialized model {name}: ", f"{summary['artifact_bytes']} bytes"),
         (f"Total submission size {name}: ", f"{summary['artifact_bytes'] + summary['code_bytes']} bytes"),
@@ -266,7 +279,8 @@ def verify(folder: Path, run: Run) -> dict[str, Any]:
         cut, variables, how = network_cut(guard)
         print(f"verifying on {kind} with {ranks} rank{'s' * (ranks > 1)}, the network cut {how}", flush=True)
         start = cut([sys.executable, *torchrun(ranks), "train_gpt.py"])
-        run_alone("train a step", start, empty, variables | environment(knobs | {
+        plain = {name: getattr(train_gpt.Config, name) for name in train_gpt.MODES}
+        run_alone("train a step", start, empty, variables | environment(knobs | plain | {
             "run_id": "step", "iterations": 1, "warmup_steps": 0, "max_wallclock_seconds": 0.0, "val_loss_every": 0,
             "val_max_tokens": run.knobs["train_seq_len"], "final_roundtrip_eval": False, "artifact_every": 0}))
         said = run_alone("score the artifact", start, empty, variables | environment(knobs | {
@@ -307,9 +321,9 @@ def description(run: Run) -> tuple[str, str, int]:
 def verdict(run: Run, said: str, here: str) -> dict[str, Any]:
     """Compares the score in what the packed file printed with the log's. Raises Refused."""
     wanted = run.score or {}
-    found = re.findall(r"^final_\w+_roundtrip_exact val_loss:(\S+) val_bpb:(\S+)$", said, re.MULTILINE)
+    found = re.findall(rf"^{score_line(run)}val_loss:(\S+) val_bpb:(\S+)$", said, re.MULTILINE)
     if not found:
-        raise Refused(["the packed file scored no artifact: it printed no final_..._roundtrip_exact line"])
+        raise Refused([f"the packed file scored no artifact: it printed no line {score_line(run)}"])
     loss, bpb = found[-1]
     same = here == run.config["device"]
     reproduced = (loss, bpb) == (f"{wanted['val_loss']:.8f}", f"{wanted['val_bpb']:.8f}") if same else (
@@ -341,11 +355,12 @@ def describe(runs: Sequence[Run], code: Code, given: Mapping[str, str], track: s
             "pre_quant_val_bpb": round(summary["pre_roundtrip"]["val_bpb"], 8), "artifact_bytes": summary["artifact_bytes"],
             "bytes_total": summary["artifact_bytes"] + len(code.packed), "steps": summary["step"],
             "step_ms": round(1000 * summary["seconds"]["train"] / max(summary["step"], 1), 2),
-            "train_time_s": round(trained_s(run), 1), "eval_time_s": round(summary["seconds"]["roundtrip"], 1)}
+            "train_time_s": round(trained_s(run), 1), "eval_time_s": round(evaluated_s(run), 1)}
     scores = {name: [row[name] for row in rows.values()] for name in ("val_loss", "val_bpb")}
     _, device, ranks = description(runs[0])
     return {
-        **given, "track": track, **{name: round(mean(values), 8) for name, values in scores.items()},
+        **given, "track": track, "evaluation": (*runs[0].scored_by, "plain")[0],
+        **{name: round(mean(values), 8) for name, values in scores.items()},
         **{f"{name}_std": None if (sd := spread(values)) is None else round(sd, 8) for name, values in scores.items()},
         "seeds": [run.seed for run in runs], "seed_results": rows,
         "bytes_total": max(row["bytes_total"] for row in rows.values()), "bytes_code": len(code.packed),
@@ -399,8 +414,9 @@ def readme(facts: Mapping[str, Any], runs: Sequence[Run], code: Code, checked: M
 
 {table(facts)}
 
-val_bpb and val_loss are those of the artifact after it was read back from disk, pre_quant_val_bpb that of the weights
-before. Bytes are decimal: bytes_total = artifact_bytes + the {facts['bytes_code']:,} bytes of `train_gpt.py`.
+val_bpb and val_loss are those of the artifact after it was read back from disk ({facts['evaluation']} evaluation),\
+ pre_quant_val_bpb that of the weights before.
+Bytes are decimal: bytes_total = artifact_bytes + the {facts['bytes_code']:,} bytes of `train_gpt.py`.
 
 {against}
 
@@ -463,6 +479,7 @@ def parser() -> OneLineParser:
     for name in ("name", "author", "github-id", "blurb"):
         asked.add_argument(f"--{name}", required=True, help="as submission.json and README.md shall say it")
     asked.add_argument("--against", metavar="RECORD", help="a record's submission.json, or its seeds' val_bpb with commas")
+    asked.add_argument("--score", metavar="NAME", help="of the runs' eval_modes; default: the plain one")
     asked.add_argument("--track", choices=TRACKS, default=RECORD)
     asked.add_argument("--allow-fewer-seeds", action="store_true", help=f"below {SEEDS}: the track is then {NON_RECORD}")
     return asked
@@ -470,7 +487,8 @@ def parser() -> OneLineParser:
 
 def pack(args: Any) -> Path:
     """The submission's folder. Raises Refused, RunError."""
-    runs = sorted(find_runs(args.runs), key=lambda run: run.seed)
+    by = (args.score,) if args.score else ()
+    runs = sorted((replace(run, scored_by=by) for run in find_runs(args.runs)), key=lambda run: run.seed)
     track = NON_RECORD if args.track == RECORD and len({run.seed for run in runs}) < SEEDS else args.track
     output = args.output or Path(f"{time.strftime('%Y-%m-%d')}_{re.sub(r'[^A-Za-z0-9.]+', '_', args.name).strip('_')}")
     if output.exists():

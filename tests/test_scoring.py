@@ -264,20 +264,26 @@ import numpy as np
 sys.path[:0] = [sys.argv[2] + "/tests", sys.argv[2]]
 import torch
 from dataclasses import replace
+from pathlib import Path
 from conftest import CPU, filled_model, tiny_shape
 import test_scoring
 torch.set_num_threads(1)
 rt = replace(CPU, rank=int(os.environ["RANK"]), world_size=2)
 rt.start("auto")
-for isolated in (False, True):
-    ev = test_scoring.evaluation(filled_model(tiny_shape()), eval_stride=6, eval_doc_isolated=isolated, sw_eval_batch=2)
+lines = []
+for isolated in (False, True):      # behind sections that one rank finished, and from the start
+    ev = test_scoring.evaluation(filled_model(tiny_shape()), None, Path(sys.argv[1], "kept"), lines, eval_stride=6,
+                                 eval_doc_isolated=isolated, sw_eval_batch=2)
     np.save(f"{sys.argv[1]}/{rt.rank}_{int(isolated)}.npy", replace(ev, rt=rt).own.nats)
+Path(f"{sys.argv[1]}/{rt.rank}.txt").write_text("\\n".join(lines))
 rt.stop()
 """
 
 
-def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
+def test_two_ranks_give_the_bits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(tmp_path / "kept", 9, monkeypatch)
     run_two_ranks(WORKER, tmp_path)
+    assert re.fullmatch(r"sliding_window: 9 of \d+ sections were scored before, in \S+", (tmp_path / "0.txt").read_text())
     for isolated in (False, True):
         alone = evaluation(filled_model(tiny_shape()), eval_stride=6, eval_doc_isolated=isolated, sw_eval_batch=2).own.nats
         for rank in range(2):

@@ -32,10 +32,11 @@ Edit = Callable[[Path, dict[str, Any], dict[str, Any]], object]     # folder, co
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """logs/ with three finished runs."""
+    """logs/ with three finished runs, which scored their artifacts in two more ways."""
     folder = tmp_path_factory.mktemp("trained")
     for seed in SEEDS:
-        env = tiny_knobs(tiny_data, folder) | {"SEED": str(seed), "RUN_ID": f"tiny_s{seed}", "ITERATIONS": "2"}
+        env = tiny_knobs(tiny_data, folder) | {"SEED": str(seed), "RUN_ID": f"tiny_s{seed}", "ITERATIONS": "2",
+                                                 "EVAL_STRIDE": "16", "EVAL_MIX_LEARN": "1"}
         assert train_gpt.main(env) == 0
     return folder / "logs"
 
@@ -68,7 +69,8 @@ def submission(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     parent = tmp_path_factory.mktemp("records")
     record = parent.parent / "submission.json"
     record.write_text(json.dumps({"val_bpb": 9.0, "seed_results": {"1": {"val_bpb": 9.0}, "2": {"val_bpb": 9.2}}}))
-    assert pack_submission.main([str(trained), "-o", str(parent / "out"), *ABOUT, "--against", str(record)]) == 0
+    asked = ["-o", str(parent / "out"), *ABOUT, "--against", str(record), "--score", "sidecar"]
+    assert pack_submission.main([str(trained), *asked]) == 0
     assert os.listdir(parent) == ["out"]
     return parent / "out"
 
@@ -82,14 +84,17 @@ def test_the_folder_holds_what_the_challenge_asks_for_and_its_numbers_are_the_ru
         assert (submission / f"train_seed{seed}.log").read_bytes() == (run / "train.log").read_bytes()
     assert (submission / "final_model.int8.ptz").read_bytes() == (runs[1337] / "final_model.int8.ptz").read_bytes()
     facts = json.loads((submission / "submission.json").read_text())
-    scores = [json.loads((run / "summary.json").read_text())["roundtrip"]["val_bpb"] for run in runs.values()]
+    found = [json.loads((run / "summary.json").read_text()) for run in runs.values()]
+    scores = [summary["eval_modes"]["sidecar"]["val_bpb"] for summary in found]
+    assert all(score < summary["roundtrip"]["val_bpb"] for score, summary in zip(scores, found, strict=True))
     mean = sum(scores) / 3
     assert facts["val_bpb"] == pytest.approx(mean, abs=1e-8)
     assert facts["val_bpb_std"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / 2), abs=1e-8)
     assert (facts["author"], facts["github_id"], facts["track"]) == ("A. Name", "name", "10min_16mb")
     assert facts["seeds"] == list(SEEDS)
     code = (submission / "train_gpt.py").stat().st_size
-    assert facts["bytes_code"] == code == train_gpt.code_bytes()
+    assert facts["bytes_code"] == code == found[0]["code_bytes"]
+    assert facts["evaluation"] == "sidecar"
     assert facts["bytes_total"] == max((run / "final_model.int8.ptz").stat().st_size for run in runs.values()) + code
     assert facts["verification"]["tolerance_bpb"] == 0.0
     assert f"{facts['verification']['val_bpb']:.8f}" == f"{scores[0]:.8f}"
@@ -113,7 +118,7 @@ def test_the_readmes_command_scores_the_artifact(submission: Path, tiny_data: Ti
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path / "judge", text=True, capture_output=True, check=False,
                           env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    exact = [line for line in (submission / "train_seed1337.log").read_text().splitlines() if "roundtrip_exact" in line]
+    exact = [line for line in (submission / "train_seed1337.log").read_text().splitlines() if "_sidecar_exact" in line]
     assert done.stdout.splitlines()[-1:] == exact
 
 
@@ -159,6 +164,7 @@ SPOILED: dict[str, tuple[Edit, str]] = {
     "a map": (lambda f, c, s: c["knobs"].update(sensitivity_map="m"), r"SENSITIVITY_MAP is a file beside the counted bytes"),
     "too long": (lambda f, c, s: s["seconds"].update(train=590.0, calibrate=20.0), "trained 610 s, track 10min_16mb allows"),
     "too slow": (lambda f, c, s: s["seconds"].update(roundtrip=700.0), r"evaluated 700 s, track 10min_16mb allows 600"),
+    "too slow by modes": (lambda f, c, s: s["seconds"].update(roundtrip=300.0, eval_modes=301.0), "evaluated 601 s, track"),
     "no machine": (lambda f, c, s: c.update(device="an abacus"), r"config.json has device 'an abacus', not a run's"),
     "another score": (lambda f, c, s: s["roundtrip"].update(val_bpb=1.25), "json makes it .final_int8.* val_bpb:1.25000000"),
     "a log's code": (lambda f, c, s: spoil_log(f, "Code size: ", "Code size: 1"), r"found 'Code size: 1\d+ bytes \(pack"),
@@ -192,6 +198,11 @@ def test_an_unfinished_run_is_refused(logs: Path, capsys: pytest.CaptureFixture[
     assert_refused(logs, r"tiny_s1338 is not finished: it has no summary\.json", capsys)
 
 
+def test_a_score_that_no_run_has_is_refused(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(logs, "--score", "ttt") == 2
+    assert capsys.readouterr().err.count("has no score ttt; its eval_modes are: sliding_window, sidecar") == 3
+
+
 def test_missing_seeds_are_refused(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(logs / "tiny_s1338")
     assert_refused(logs, r"2 seeds \(1337, 1339\), a record needs 3; --allow-fewer-seeds packs", capsys)
@@ -219,14 +230,15 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_cannot_be_verified_is_not_written(logs: Path, monkeypatch: pytest.MonkeyPatch,
                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    code = b"print('error: no trainer');raise SystemExit(1)".ljust(train_gpt.code_bytes())
+    size = json.loads((logs / "tiny_s1337" / "summary.json").read_text())["code_bytes"]
+    code = b"print('error: no trainer');raise SystemExit(1)".ljust(size)
     monkeypatch.setattr(packing, "packed_code", lambda sources: code)
     assert_refused(logs, r"the packed file cannot train a step, exit code 1: error: no trainer", capsys)
 
 
 def test_a_run_of_the_packed_file_itself_is_accepted(logs: Path) -> None:
-    packed = packing.packed_code(train_gpt.source_files())
     folder = logs / "tiny_s1337"
+    packed = packing.packed_code(train_gpt.source_files(train_gpt.Config(**read_run(folder).knobs)))
     edit(folder, lambda f, c, s: c.update(code_sha256={"train_gpt.py": hashlib.sha256(packed).hexdigest()}))
     assert pack_submission.code_of(read_run(folder)).packed == packed
 
@@ -242,7 +254,8 @@ LINE = "final_rd_roundtrip_exact val_loss:{} val_bpb:{}\n"
     ("final_rd_roundtrip val_loss:2.0000 val_bpb:1.2000\n", HERE, "scored no artifact"),
 ])
 def test_another_score_is_refused(said: str, device: str, message: str) -> None:
-    run = pack_submission.Run(Path("logs/a"), {"device": HERE}, {"roundtrip": {"val_loss": 2.0, "val_bpb": 1.2}}, None)
+    run = pack_submission.Run(Path("logs/a"), {"device": HERE}, {
+        "roundtrip": {"val_loss": 2.0, "val_bpb": 1.2}, "export_scheme": "rd"}, None)
     with pytest.raises(pack_submission.Refused, match=message):
         pack_submission.verdict(run, said, device)
     for loss, bpb, where, tolerance in (("2.00000000", "1.20000000", HERE, 0.0), ("2.1", "1.2009", "elsewhere", 0.001)):
