@@ -32,6 +32,8 @@ from train_gpt import GPT, ByteTable, Config, build_model, evaluate, load_model,
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import compare_modes
+import export_verbs
 import scoring
 import window_pass
 
@@ -415,6 +417,35 @@ def test_an_artifact_alone_gives_the_lines_of_its_run(run_folder, capsys: pytest
     assert export.main([*command, "--sections", str(folder / "kept")]) == 0
     assert [line for line in lines_of(capsys.readouterr().out) if "_exact " in line] == wanted
     assert not (folder / "kept").exists()
+
+
+def test_ways_are_compared_by_the_scores_of_the_run(run_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    env, folder = run_folder
+    way = "EVAL_STRIDE=8 EVAL_SEQ_LEN=64 EVAL_DOC_ISOLATED=1"
+    made = export.decode_artifact((folder / "final_model.int8.ptz").read_bytes())
+    train_gpt.write_checkpoint(tmp_path / "half.safetensors", {name: t / 2 for name, t in made.state.items()},
+                               {"artifact_meta": made.meta})
+    asked = [str(folder / "final_model.int8.ptz"), str(tmp_path / "half.safetensors"), "--data", env["DATA_PATH"],
+             "--tokenizer", env["TOKENIZER_PATH"], "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert compare_modes.main([*asked, "--way", way]) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "out.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == ["plain", "sliding_window_doc_isolated"]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    scores = {(row["file"], name): score["val_bpb"] for row in found for name, score in row["scores"].items()}
+    summary = json.loads((folder / "summary.json").read_text())
+    of_run = [summary["roundtrip"]["val_bpb"], summary["eval_modes"]["sliding_window_doc_isolated"]["val_bpb"]]
+    assert [scores[asked[0], row[1]] for row in rows] == pytest.approx(of_run, rel=1e-7)
+    gaps = [1000 * (scores[path, rows[1][1]] - scores[path, "plain"]) for path in asked[:2]]
+    assert rows[1][3] == f"{sum(gaps) / 2:+.1f} ({min(gaps):+.1f} .. {max(gaps):+.1f})"
+    monkeypatch.setattr(export_verbs, "score_modes", None)      # all is there: nothing is evaluated again
+    capsys.readouterr()
+    assert compare_modes.main([*asked, "--way", way]) == 0
+    assert capsys.readouterr().out.strip() == (tmp_path / "out.md").read_text().strip()
+    for wrong, message in (("EVAL_STRIDE=33", "EVAL_STRIDE must be at most EVAL_SEQ_LEN=32"), ("EVAL_STRIDE=0", "asks for")):
+        with pytest.raises(SystemExit):
+            compare_modes.main([*asked, "--way", wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_a_cap_on_the_tokens_holds_for_the_windows_too(run_folder, tiny_data: TinyData, tmp_path: Path) -> None:
