@@ -174,7 +174,9 @@ class FloatPass(WindowPass):
 
     def nats(self, ids: Tensor, targets: Tensor, last: int = 0, step: int = 0) -> Tensor:
         logits = self.logits(ids, last, step)
-        return (logits.logsumexp(-1) - logits.gather(1, targets.view(-1, 1))[:, 0]).view_as(targets)
+        own = logits.gather(1, targets.view(-1, 1))[:, 0]
+        total = logits.exp_().sum(-1).log_() if self.model.softcap <= LARGEST_SCORE else logits.logsumexp(-1)
+        return total.sub_(own).view_as(targets)
 
     def split(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, and keys with values, of (..., H + 2 K, C)."""

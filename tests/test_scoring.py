@@ -170,6 +170,16 @@ def test_the_first_layer_shared_by_windows_is_that_of_each_alone(name: str) -> N
         assert torch.allclose(fast.features(ids, 0, 0), model.features(ids).flatten(0, 1), atol=1e-5)
 
 
+def test_logits_too_large_to_sum_as_they_are_take_the_other_path() -> None:
+    model, tokens = filled_model(tiny_shape(logit_softcap=200.0)), text()
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(200)
+        logits = model.logits(model.features(torch.from_numpy(tokens[None, :24].astype(np.int64))))
+    assert logits.max() > 100               # e^100 is no float32
+    ev = evaluation(model, eval_stride=8)
+    assert np.allclose(ev.own.nats, naive(model, tokens, 24, 8, []), rtol=1e-5, atol=1e-4)
+
+
 def test_scores_too_large_to_sum_as_they_are_take_the_other_path() -> None:
     model = filled_model(tiny_shape())
     for block in model.blocks:
