@@ -253,9 +253,8 @@ def exact_line(log_dir: str | Path) -> str:
 
 
 SCHEMES: dict[str, Mapping[str, str]] = {
-    "int8": {"SAVE_RAW_CHECKPOINT": "1"},
     "rd": {"EXPORT_SCHEME": "rd", "CALIBRATION_TOKENS": "256", "TCQ_STATES": "4", "EXPORT_BITS": "3"},
-    "tools": {"INT8_RESIDUAL_RANK": "1", "EXPORT_PERMUTE": "mlp", "ARTIFACT_EVERY": "2"},
+    "tools": {"SAVE_RAW_CHECKPOINT": "1", "INT8_RESIDUAL_RANK": "1", "EXPORT_PERMUTE": "mlp", "ARTIFACT_EVERY": "2"},
 }
 
 

@@ -235,9 +235,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("asked", [{"export_bits": 1.5}, {"export_bits": 3.0}, {"export_bits": 9.0},
-                                   {"artifact_cap_bytes": 60_000}])
+@pytest.mark.parametrize(("name", "asked"), [
+    ("small", {"export_bits": 1.5}), ("untied", {"export_bits": 1.5}), ("wide", {"export_bits": 3.0}),
+    ("deep", {"export_bits": 3.0}), ("small", {"export_bits": 9.0}), ("untied", {"export_bits": 9.0}),
+    ("deep", {"artifact_cap_bytes": 60_000}), ("wide", {"artifact_cap_bytes": 60_000})])
 def test_the_predicted_size_is_the_files(name: str, asked: dict[str, Any]) -> None:
     """Within 1 %, or within the window in which the export is content: 2,000 bytes, above 1 % below 200,000 bytes."""
     shapes, code_bytes = tensor_shapes(SHAPES[name]), 20_000
