@@ -192,7 +192,8 @@ def read_study(paths: Sequence[str], control: str | None, smallest_effect: float
     ledgers = {path: read_ledger(path) for path in map(Path, paths) if path.is_file()}
     if control is None:
         control = agreed([ledger["control"] for ledger in ledgers.values()], "controls", "--control ARM")
-    if scored_by is None:
+    asked = scored_by is not None
+    if not asked:
         scored_by = agreed([",".join(ledger["score"]) or None for ledger in ledgers.values()], "scores", "--score NAME,...")
     rules = Rules(cap_bytes, tuple(name for name in (scored_by or "").split(",") if name))
     for path in map(Path, paths):
@@ -201,8 +202,9 @@ def read_study(paths: Sequence[str], control: str | None, smallest_effect: float
         known = {folder for folder, _ in found}     # what came first names a run; one ledger may give it two names
         found |= {(folder, entry.arm): entry for entry in entries if (folder := entry.folder.resolve()) not in known}
     modes = dict.fromkeys(mode for entry in found.values() if entry.run for mode in entry.run.modes)
-    if modes and (unknown := [mode for mode in rules.scored_by if mode not in modes]):
-        raise RunError(f"no run has the score {', '.join(unknown)}; beside the plain one there are {', '.join(modes)}")
+    if asked and (unknown := [mode for mode in rules.scored_by if mode not in modes]):     # a sweep's may be still to come
+        there = ", ".join(modes) or "none"
+        raise RunError(f"no run has the score {', '.join(unknown)}; beside the plain one there are {there}")
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry in sorted(found.values(), key=lambda entry: (entry.arm, entry.seed, entry.run_id)):
         if not all(text and text.isprintable() for text in (entry.arm, entry.run_id)):

@@ -46,7 +46,7 @@ def knobs_of(way: str, meta: Mapping[str, Any]) -> Any:
 def measure(path: str, data: str, ways: list[str], args: argparse.Namespace, done: Mapping[Key, Any]
             ) -> Iterator[tuple[Key, Any]]:
     """What is not done yet of one file on one text: (key, {score: {val_bpb, seconds}})."""
-    state, meta = export_verbs.read_with_meta(path, [])
+    state, meta, plan = export_verbs.read_with_plan(path, [])
     where = {"data": data, "tokenizer": args.tokenizer, "device": args.device, "max_tokens": args.max_tokens}
     for way in (PLAIN, *ways):
         key = path, data, args.max_tokens, way
@@ -55,7 +55,8 @@ def measure(path: str, data: str, ways: list[str], args: argparse.Namespace, don
         if way == PLAIN:
             found = {PLAIN: vars(export_verbs.evaluate_artifact(state, meta, **where))}
         else:
-            found = export_verbs.score_modes(state, meta, knobs_of(way, meta), Path(path).name, kept=None, **where)
+            scheme = export_verbs.scheme_of(plan)
+            found = export_verbs.score_modes(state, meta, knobs_of(way, meta), scheme, kept=None, **where)
         yield key, {name: {of: score[of] for of in ("val_bpb", "seconds", "tokens")} for name, score in found.items()}
 
 
@@ -78,8 +79,15 @@ def table(files: list[str], data: str, ways: list[str], tokens: int, done: Mappi
 
 
 def read_done(lines: Path) -> dict[Key, Any]:
-    rows = [json.loads(text) for text in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
-    return {(row["file"], row["data"], row["tokens"], row["way"]): row["scores"] for row in rows}
+    """What an earlier call found. Raises ValueError."""
+    found = dict[Key, Any]()
+    for number, text in enumerate(lines.read_text(encoding="utf-8").splitlines() if lines.exists() else (), 1):
+        try:
+            row = json.loads(text)
+            found[row["file"], row["data"], row["tokens"], row["way"]] = row["scores"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{lines}: line {number} is no result of this program: {text[:60]!r}; remove it") from None
+    return found
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -113,7 +121,7 @@ def main(arguments: list[str]) -> int:
                     row = dict(zip(("file", "data", "tokens", "way"), key, strict=True)) | {"scores": scores}
                     with lines.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-    except (ValueError, KeyError, OSError) as fault:
+    except (ValueError, OSError) as fault:
         return parser.error(" ".join(str(fault).split()))
     text = "\n".join(line for data in args.data for line in table(args.files, data, ways, args.max_tokens, done))
     export.write_atomically(Path(f"{args.output}.md"), text.encode())

@@ -292,6 +292,8 @@ def test_a_score_beside_the_plain_one_ranks_the_runs(tmp_path: Path, capsys: pyt
     with sqlite3.connect(tmp_path / "a.sqlite") as base:
         assert base.execute("SELECT val_bpb, val_loss FROM runs WHERE arm = 'wide' AND seed = 1").fetchall() == [(1.11, 1.9)]
     assert "1  base" in run(capsys, ledger, "--score", "")[1]
+    ledger.write_text(json.dumps(json.loads(ledger.read_text()) | {"score": ["ttt", "sidecar"]}))       # no ttt so far
+    assert [arm.by_seed[1] for arm in study_of(ledger).arms] == [1.11, 1.21]
 
 
 @pytest.mark.parametrize(("arguments", "text"), [

@@ -452,6 +452,12 @@ def test_ways_are_compared_by_the_scores_of_the_run(run_folder, tmp_path: Path, 
     capsys.readouterr()
     assert compare_modes.main([*asked, "--way", way]) == 0
     assert capsys.readouterr().out.strip() == (tmp_path / "out.md").read_text().strip()
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write('{"file": "half')
+    with pytest.raises(SystemExit):
+        compare_modes.main([*asked, "--way", way])
+    assert "out.jsonl: line 5 is no result of this program" in capsys.readouterr().err
+    (tmp_path / "out.jsonl").unlink()
     for wrong, message in (("EVAL_STRIDE=33", "EVAL_STRIDE must be at most EVAL_SEQ_LEN=32"), ("EVAL_STRIDE=0", "asks for")):
         with pytest.raises(SystemExit):
             compare_modes.main([*asked, "--way", wrong])
